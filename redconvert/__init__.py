@@ -1,0 +1,27 @@
+"""redconvert: turn a pretrained video or image network into one that decides, per input, how much to compute."""
+
+from .config import ConvertConfig, LayerConfig
+from .convert import Plan, convert, revert
+from .convert import make_plan as plan
+from .errors import RedconvertError
+from .layers import DynamicConv2d, DynamicConv3d, Recipe, disabled, forced, observed, register
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvertConfig",
+    "DynamicConv2d",
+    "DynamicConv3d",
+    "LayerConfig",
+    "Plan",
+    "Recipe",
+    "RedconvertError",
+    "__version__",
+    "convert",
+    "disabled",
+    "forced",
+    "observed",
+    "plan",
+    "register",
+    "revert",
+]

@@ -1,0 +1,162 @@
+"""The swap: plain convolutions become dynamic in place, and back."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..config import ConvertConfig, LayerConfig
+from ..errors import RedconvertError
+from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d, dynamic_layers
+from .plan import make_plan
+
+__all__ = ["convert", "convert_layer", "revert"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def convert(model: M, config: ConvertConfig | None = None, *, example_inputs: Any = None, inplace: bool = False) -> M:
+    """Make the convolutions of a network dynamic; its outputs stay equal to the bit.
+
+    The result is of the model's own class, with its methods, hooks, train flags and ``state_dict`` keys.
+    Convolutions keep their parameters and identity: their class changes, and ``<conv>.gate.*`` and
+    ``<conv>.cheap_*.*`` are added. All checks finish before the first change.
+
+    Args:
+        model: any network.
+        config: what to convert and how.
+        example_inputs: what the model takes (see `redconvert.plan`); values do not matter. With them gates
+            fit the clip length, unused layers are left out, and the plan knows MACs.
+        inplace: change ``model`` itself instead of a copy.
+
+    Raises:
+        RedconvertError: nothing to convert, or what `redconvert.plan` refuses.
+    """
+    plan = make_plan(model, config, example_inputs=example_inputs)
+    if not plan.converted:
+        reasons = sorted({verdict.reason for verdict in plan.skipped})
+        why = (
+            f"all {len(plan.skipped)} convolutions are skipped: {'; '.join(reasons)}"
+            if reasons
+            else (
+                "it has no Conv2d or Conv3d modules"
+                + (f" (functional convolutions: {', '.join(plan.functional)})" if plan.functional else "")
+            )
+        )
+        raise RedconvertError(f"nothing to convert in {plan.model}: {why}")
+    target = model if inplace else _copied(model)
+    modules = dict(target.named_modules())
+    done: list[DynamicConv] = []
+    try:
+        for verdict in plan.converted:
+            assert verdict.config is not None
+            done.append(
+                convert_layer(
+                    modules[verdict.name],
+                    verdict.config,
+                    name=verdict.name,
+                    num_frames=verdict.num_frames,
+                    gate_frames=verdict.facts.input_shape[-3] if len(verdict.facts.input_shape or ()) == 5 else None,
+                    feeds_norm=verdict.facts.feeds_norm,
+                )
+            )
+    except BaseException:
+        for layer in done:
+            _restore(layer)
+        raise
+    return target
+
+
+def convert_layer(
+    conv: nn.Module,
+    config: LayerConfig,
+    *,
+    name: str = "",
+    num_frames: int | None = None,
+    gate_frames: int | None = None,
+    feeds_norm: bool = False,
+) -> DynamicConv:
+    """Turn one Conv2d or Conv3d dynamic in place; it stays the same object with the same parameters."""
+    before = type(conv), dict(vars(conv)), dict(conv._modules)
+    conv.__class__ = _dynamic_class(type(conv))
+    assert isinstance(conv, DynamicConv)
+    try:
+        conv.make_dynamic(config, name=name, num_frames=num_frames, gate_frames=gate_frames)
+        if feeds_norm:
+            conv.feeds_norm = True
+    except BaseException:
+        conv.__class__ = before[0]
+        vars(conv).clear()
+        vars(conv).update(before[1])
+        conv._modules.clear()
+        conv._modules.update(before[2])
+        raise
+    return conv
+
+
+def revert(model: M) -> M:
+    """Undo conversion in place: the original modules, to the object, with the weights as they are now."""
+    for layer in dynamic_layers(model).values():
+        _restore(layer)
+    return model
+
+
+def _copied(model: M) -> M:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise RedconvertError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): pass inplace=True"
+        ) from error
+
+
+ADDED_MODULES = ("gate", "cheap_c", "cheap_t")
+ADDED_ATTRIBUTES = (
+    "config",
+    "candidates",
+    "num_frames",
+    "layer_name",
+    "feeds_norm",
+    "forced",
+    "enabled",
+    "observers",
+    *ADDED_MODULES,  # an absent cheap operation is a plain None
+)
+
+
+def _restore(layer: nn.Module) -> None:
+    dense = type(layer).dense_class
+    for name in ADDED_MODULES:
+        layer._modules.pop(name, None)
+    for name in ADDED_ATTRIBUTES:
+        vars(layer).pop(name, None)
+    layer.__class__ = dense
+
+
+# -- classes -------------------------------------------------------------------------------------------
+
+
+@cache
+def _dynamic_class(dense: type) -> type[DynamicConv]:
+    """The dynamic class of a convolution class; a subclass keeps its own methods and ``isinstance``."""
+    if dense is nn.Conv3d:
+        return DynamicConv3d
+    if dense is nn.Conv2d:
+        return DynamicConv2d
+    if not issubclass(dense, nn.Conv2d | nn.Conv3d):
+        raise RedconvertError(f"{dense.__name__} is not a Conv2d or Conv3d")
+    base = DynamicConv3d if issubclass(dense, nn.Conv3d) else DynamicConv2d
+    return type(f"Dynamic{dense.__name__}", (base, dense), {"__reduce__": _reduce, "dense_class": dense})
+
+
+def _reduce(self: Any) -> tuple:
+    """Pickle and copy by way of the dense class: the dynamic one has no name to import it by."""
+    return _empty, (self.dense_class,), self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
+
+
+def _empty(dense: type) -> nn.Module:
+    dynamic = _dynamic_class(dense)
+    return dynamic.__new__(dynamic)

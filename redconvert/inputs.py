@@ -1,0 +1,134 @@
+"""What users hand to networks: example inputs, batches with labels, devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .errors import RedconvertError
+
+__all__ = [
+    "as_arguments",
+    "call_with",
+    "device_of",
+    "each_batch",
+    "evaluating",
+    "move_to",
+    "take_inputs",
+    "tensors_in",
+]
+
+LABELS = frozenset({"label", "labels", "target", "targets"})
+
+ACCEPTED = (
+    "A batch is a tensor; a tuple or list whose first element is the input (a tensor, a list of tensors, a "
+    "tuple of arguments or a dict of them) and whose others are labels; or a dict of keyword arguments, whose "
+    "'label', 'labels', 'target' and 'targets' are left out"
+)
+
+
+def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: a tuple is the former, a dict with string keys the latter.
+
+    Anything else, a tensor or the list of tensors that SlowFast takes, is the one argument.
+    """
+    if isinstance(example_inputs, tuple):
+        return tuple(example_inputs), {}
+    if _is_keywords(example_inputs):
+        return (), dict(example_inputs)
+    return (example_inputs,), {}
+
+
+def call_with(model: nn.Module, example_inputs: Any) -> Any:
+    """``model`` called with ``example_inputs``, as `as_arguments` reads them."""
+    args, kwargs = as_arguments(example_inputs)
+    return model(*args, **kwargs)
+
+
+def take_inputs(batch: Any) -> Any:
+    """The inputs of one item of ``batches``, labels left out: something that `as_arguments` takes.
+
+    ``x`` and ``(x, y)`` give x, ``([slow, fast], y)`` the list, ``((x, mask), y)`` the two positional
+    arguments, ``{"x": x, "label": y}`` the dict without its label.
+
+    Raises:
+        RedconvertError: anything else.
+    """
+    if isinstance(batch, Tensor):
+        return batch
+    if _is_keywords(batch):
+        inputs = {key: value for key, value in batch.items() if key not in LABELS}
+        if inputs:
+            return inputs
+        raise RedconvertError(f"a batch holds only labels: {', '.join(batch)}. {ACCEPTED}")
+    if isinstance(batch, tuple | list) and batch:
+        first = batch[0]
+        if isinstance(first, Tensor) or _is_keywords(first) or (isinstance(first, tuple | list) and tensors_in(first)):
+            return first
+    raise RedconvertError(f"cannot read a batch of type {_describe(batch)}. {ACCEPTED}")
+
+
+def each_batch(batches: Any) -> Iterator[Any]:
+    """The inputs of every batch: `take_inputs` of each item.
+
+    Args:
+        batches: any iterable of batches; a tensor, a tuple or a dict is a single one.
+
+    Raises:
+        RedconvertError: not iterable, empty, or an item that is no batch.
+    """
+    single = isinstance(batches, Tensor | tuple) or _is_keywords(batches)
+    if not single and not isinstance(batches, Iterable):
+        raise RedconvertError(f"batches must be an iterable of batches, not {type(batches).__name__}. {ACCEPTED}")
+    iterator = iter([batches] if single else batches)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise RedconvertError("batches is empty: give at least one batch (an iterator can be used only once)") from None
+    return (take_inputs(batch) for batch in chain([first], iterator))
+
+
+def move_to(value: Any, device: torch.device | str) -> Any:
+    """The tensors in ``value`` (nested tuples, lists and dicts) on ``device``, all else as it is."""
+    return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in ``value`` (nested tuples, lists and dicts), in their order."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the network's first parameter is (its first buffer, or the CPU, where it has none)."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Run in ``eval()`` without gradients, and put every module's train flag back, also after an error."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _is_keywords(value: Any) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(key, str) for key in value)
+
+
+def _describe(batch: Any) -> str:
+    name = type(batch).__name__
+    if isinstance(batch, tuple | list):
+        return f"{name} of {type(batch[0]).__name__}" if batch else f"empty {name}"
+    return name

@@ -1,0 +1,313 @@
+"""The cheap linear operations: Phi_c rebuilds dropped channels, Phi_t rebuilds dropped frames.
+
+Both know every candidate of their axis, so that one call mixes them (Eq. 5): candidates are nested,
+and whatever all of them share is passed on untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import RedconvertError
+from .candidates import Candidates
+
+__all__ = ["ChannelRebuild", "Depthwise", "FrameRebuild", "Pointwise", "Scale", "resolve_cheap"]
+
+AUTO_COST = 0.1  # "auto" takes pointwise where it costs at most this share of what it saves
+
+
+def resolve_cheap(kind: str, kept: int, macs_per_output: int) -> str:
+    """The operation that ``kind`` stands for.
+
+    Per dropped channel and position, pointwise costs ``kept`` MACs and saves ``macs_per_output``.
+    """
+    if kind != "auto":
+        return kind
+    return "pointwise" if kept <= AUTO_COST * macs_per_output else "scale"
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution, ``(N, k, ...) -> (N, D, ...)``: ``weight (D, k)``, ``bias (D)``."""
+
+    def __init__(self, kept: int, dropped: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dropped, kept))
+        self.bias = nn.Parameter(torch.zeros(dropped))
+
+    @property
+    def macs_per_position(self) -> int:
+        return self.weight.numel()
+
+    def forward(self, kept: Tensor) -> Tensor:
+        convolve = F.conv3d if kept.dim() == 5 else F.conv2d
+        weight = self.weight.to(kept.dtype)[(..., *(None,) * (kept.dim() - 2))]
+        return convolve(kept, weight, self.bias.to(kept.dtype))
+
+
+class _OneSource(nn.Module):
+    """Operations that read one kept channel for each dropped one: ``source (D)`` holds its index."""
+
+    source: Tensor
+
+    def __init__(self, kept: int, dropped: int) -> None:
+        super().__init__()
+        self.register_buffer("source", torch.arange(dropped) % kept)
+        self.bias = nn.Parameter(torch.zeros(dropped))
+
+
+class Scale(_OneSource):
+    """``weight[d] * kept[source[d]] + bias[d]``, ``weight (D)``."""
+
+    def __init__(self, kept: int, dropped: int) -> None:
+        super().__init__(kept, dropped)
+        self.weight = nn.Parameter(torch.zeros(dropped))
+
+    @property
+    def macs_per_position(self) -> int:
+        return self.weight.numel()
+
+    def forward(self, kept: Tensor) -> Tensor:
+        shape = (-1, *(1,) * (kept.dim() - 2))
+        weight, bias = self.weight.to(kept.dtype).view(shape), self.bias.to(kept.dtype).view(shape)
+        return torch.addcmul(bias, kept.index_select(1, self.source), weight)
+
+
+class Depthwise(_OneSource):
+    """The paper's figure: a 3x3 convolution in H and W on one source channel each, ``weight (D, 1, 3, 3)``."""
+
+    def __init__(self, kept: int, dropped: int) -> None:
+        super().__init__(kept, dropped)
+        self.weight = nn.Parameter(torch.zeros(dropped, 1, 3, 3))
+
+    @property
+    def macs_per_position(self) -> int:
+        return self.weight.numel()
+
+    def forward(self, kept: Tensor) -> Tensor:
+        source, weight, bias = kept.index_select(1, self.source), self.weight.to(kept.dtype), self.bias.to(kept.dtype)
+        if kept.dim() == 5:
+            return F.conv3d(source, weight.unsqueeze(2), bias, padding=(0, 1, 1), groups=len(weight))
+        return F.conv2d(source, weight, bias, padding=1, groups=len(weight))
+
+
+KINDS: dict[str, type[Pointwise] | type[Scale] | type[Depthwise]] = {
+    "pointwise": Pointwise,
+    "scale": Scale,
+    "depthwise": Depthwise,
+}
+
+
+class ChannelRebuild(nn.Module):
+    """Phi_c for each channel candidate of a layer, and the layer's channel order.
+
+    Tensors "in rank order" hold the channels ``order[0], order[1], ...``; candidate i computes the
+    first ``k_i`` ranks, and ``ops[i - 1]`` rebuilds the others from them.
+
+    Args:
+        candidates: the layer's candidates.
+        kinds: one of ``"pointwise"``, ``"depthwise"``, ``"scale"`` for each candidate but the first.
+    """
+
+    order: Tensor
+    inverse: Tensor
+
+    def __init__(self, candidates: Candidates, kinds: Sequence[str]) -> None:
+        super().__init__()
+        self.channels = candidates.channels
+        self.kinds = tuple(kinds)
+        total = self.channels[0]
+        self.ops = nn.ModuleList(
+            KINDS[kind](kept, total - kept) for kind, kept in zip(kinds, self.channels[1:], strict=True)
+        )
+        self.register_buffer("order", torch.arange(total))
+        self.register_buffer("inverse", torch.arange(total), persistent=False)
+        self.is_identity = True
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"
+
+    def set_order(self, order: Tensor) -> None:
+        """Compute the channels in this order, best first; ``order (C_out)`` is a permutation."""
+        identity = torch.arange(len(self.order), device=order.device)
+        if order.shape != self.order.shape or not torch.equal(order.sort().values, identity):
+            raise RedconvertError(f"a channel order must be a permutation of 0 to {len(self.order) - 1}")
+        self.order.copy_(order)
+        self.inverse.copy_(order.argsort())
+        self.is_identity = bool(torch.equal(order, identity))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        order = state_dict.get(prefix + "order")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if order is not None and order.shape == self.order.shape:
+            self.set_order(order.to(self.order.device))
+
+    def to_ranks(self, y: Tensor) -> Tensor:
+        """All channels, from the layer's own order to rank order."""
+        return y if self.is_identity else y.index_select(1, self.order)
+
+    def from_ranks(self, y: Tensor) -> Tensor:
+        """All channels, from rank order to the layer's own."""
+        return y if self.is_identity else y.index_select(1, self.inverse)
+
+    def rebuild(self, index: int, y: Tensor) -> Tensor:
+        """The channels that candidate ``index`` drops, ``(N, C_out - k, ...)`` in rank order, from y's first k."""
+        return self.ops[index - 1](y[:, : self.channels[index]])
+
+    def single(self, y: Tensor, index: int) -> Tensor:
+        """Reduced candidate ``index`` alone: its ranks ``(N, k, ...)`` -> ``(N, C_out, ...)`` in the layer's order."""
+        return self.from_ranks(torch.cat([y, self.rebuild(index, y)], dim=1))
+
+    def mix(self, y: Tensor, weights: Tensor, first: int = 0, normalized: bool = True) -> Tensor:
+        """``sum_i w_i [y_(<k_i), Phi_i(y_(<k_i))]`` over the candidates from ``first`` on.
+
+        Args:
+            y: the first ``k_first`` ranks, ``(N, k_first, ...)``.
+            weights: ``(N, S_c)``; those before ``first`` must be 0.
+            first: the largest candidate that is open.
+            normalized: the weights sum to 1, so channels that every candidate computes pass unchanged.
+
+        Returns:
+            ``(N, C_out, ...)`` in the layer's own order.
+        """
+        columns = _columns(weights, y)
+        indices = range(first, len(self.channels))
+        rebuilt = {i: self.rebuild(i, y) for i in indices if i}
+        bounds = sorted({0, self.channels[0], *self.channels[first:]})
+        pieces = []
+        for low, high in pairwise(bounds):
+            direct = [i for i in indices if self.channels[i] >= high]
+            terms = [columns[i] * rebuilt[i][:, low - k : high - k] for i in indices if (k := self.channels[i]) <= low]
+            if len(direct) == len(indices) and normalized:
+                terms = [y[:, low:high]]
+            elif direct:
+                terms.append(sum(columns[i] for i in direct) * y[:, low:high])
+            pieces.append(sum(terms[1:], terms[0]))
+        return self.from_ranks(torch.cat(pieces, dim=1))
+
+    @torch.no_grad()
+    def start_from_weights(self, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+        """A start that needs no data: least squares between filters, exact for white noise as input.
+
+        For white noise the covariance of two output channels is the product of their filters, and
+        channels of different groups, which read different inputs, share nothing. Calibration on
+        real inputs replaces this.
+
+        Args:
+            weight: the convolution's, ``(C_out, C_in / groups, ...)``, in the layer's own order.
+            bias: ``(C_out)`` or none.
+            groups: the convolution's.
+        """
+        rows = weight.flatten(1).to(torch.float32)[self.order]
+        covariance = rows @ rows.T
+        group = self.order // (len(rows) // groups)
+        covariance = covariance * (group[:, None] == group[None, :])
+        shift = torch.zeros(len(rows), device=rows.device) if bias is None else bias.to(torch.float32)[self.order]
+        for op, kept in zip(self.ops, self.channels[1:], strict=True):
+            _solve(op, covariance, shift, kept)
+
+
+def _solve(op: nn.Module, covariance: Tensor, mean: Tensor, kept: int) -> None:
+    """Least squares of the ranks from ``kept`` on, on those before, with a small ridge."""
+    within, across = covariance[:kept, :kept], covariance[kept:, :kept]
+    variance = within.diagonal().clamp_min(torch.finfo(within.dtype).tiny)
+    if isinstance(op, Pointwise):
+        ridge = 1e-4 * variance.mean() * torch.eye(kept, device=within.device)
+        solution = torch.linalg.solve(within + ridge, across.T).T
+        op.weight.copy_(solution)
+        op.bias.copy_(mean[kept:] - solution @ mean[:kept])
+        return
+    op.source.copy_((across.square() / variance).argmax(dim=1))  # type: ignore[operator]
+    rows = torch.arange(len(across), device=across.device)
+    scale = across[rows, op.source] / variance[op.source]  # type: ignore[index]
+    if isinstance(op, Depthwise):
+        op.weight.zero_()
+        op.weight[:, 0, 1, 1] = scale.to(op.weight.dtype)
+    else:
+        op.weight.copy_(scale)  # type: ignore[operator]
+    op.bias.copy_(mean[kept:] - scale * mean[op.source])  # type: ignore[operator, index]
+
+
+class FrameRebuild(nn.Module):
+    """Phi_t for each temporal candidate: per channel, from the computed frames on both sides.
+
+    Frame ``s + d`` of the group that starts at computed frame s is
+    ``weight[d-1, 0] * x_s + weight[d-1, 1] * x_(s+R) + bias[d-1]``; the last group, which has no
+    frame to its right, reads ``x_s`` twice. It starts as a copy: weight (1, 0), bias 0.
+    """
+
+    def __init__(self, candidates: Candidates) -> None:
+        super().__init__()
+        self.strides = candidates.strides
+        channels = candidates.channels[0]
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for stride in self.strides[1:]:
+            weight = torch.zeros(stride - 1, 2, channels)
+            weight[:, 0] = 1
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(torch.zeros(stride - 1, channels)))
+
+    def extra_repr(self) -> str:
+        return f"strides={self.strides}"
+
+    def rebuild(self, index: int, computed: Tensor) -> list[Tensor]:
+        """The dropped frames at each offset 1 to R - 1, each ``(N, C, T', H, W)`` like ``computed``."""
+        following = torch.cat([computed[:, :, 1:], computed[:, :, -1:]], dim=2)
+        shape = (-1, 1, 1, 1)
+        weight, bias = self.weights[index - 1].to(computed.dtype), self.biases[index - 1].to(computed.dtype)
+        return [
+            torch.addcmul(torch.addcmul(b.view(shape), computed, w[0].view(shape)), following, w[1].view(shape))
+            for w, b in zip(weight, bias, strict=True)
+        ]
+
+    def single(self, z: Tensor, index: int, num_frames: int) -> Tensor:
+        """Candidate ``index`` alone: its frames ``(N, C, T', H, W)`` -> ``(N, C, num_frames, H, W)``."""
+        if index == 0:
+            return z
+        # Not divisible: the last group is shorter, and what is rebuilt past the end is cut off.
+        return torch.stack([z, *self.rebuild(index, z)], dim=3).flatten(2, 3)[:, :, :num_frames]
+
+    def mix(self, z: Tensor, weights: Tensor, num_frames: int, first: int = 0, normalized: bool = True) -> Tensor:
+        """``sum_j w_j E_j(z)``: E_j keeps every ``2**j``-th frame and rebuilds the others.
+
+        Args:
+            z: the frames of candidate ``first``, ``(N, C, T', H, W)``.
+            weights: ``(N, S_t)``; those before ``first`` must be 0.
+            num_frames: frames of the result.
+            first: the candidate with the most frames that is open.
+            normalized: the weights sum to 1, so frames that every candidate computes pass unchanged.
+        """
+        columns = _columns(weights, z)
+        largest = self.strides[-1]
+        indices = range(first, len(self.strides))
+        rebuilt = {j: self.rebuild(j, z[:, :, :: self.strides[j] // self.strides[first]]) for j in indices if j}
+        groups = -(-num_frames // largest)
+        # One slot per offset in a group of the sparsest candidate; slot 0 is computed by all of them.
+        slots = []
+        for offset in range(min(largest, num_frames)):
+            count = -(-(num_frames - offset) // largest)  # groups that reach this offset: the last may be shorter
+            terms = []
+            for j in indices:
+                stride = self.strides[j]
+                if offset % stride == 0:
+                    source = z[:, :, offset // self.strides[first] :: largest // self.strides[first]]
+                else:
+                    source = rebuilt[j][offset % stride - 1][:, :, offset // stride :: largest // stride]
+                terms.append(source[:, :, :count])
+            if offset == 0 and normalized:
+                slot = terms[0]
+            else:
+                slot = sum(columns[j] * term for j, term in zip(indices, terms, strict=True))
+            slots.append(F.pad(slot, (0, 0, 0, 0, 0, groups - count)) if count < groups else slot)
+        return torch.stack(slots, dim=3).flatten(2, 3)[:, :, :num_frames]
+
+
+def _columns(weights: Tensor, like: Tensor) -> list[Tensor]:
+    """``(N, S)`` -> S tensors that multiply ``like`` sample by sample."""
+    shape = (-1, *(1,) * (like.dim() - 1))
+    return [column.to(like.dtype).view(shape) for column in weights.unbind(1)]

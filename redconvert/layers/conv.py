@@ -1,0 +1,386 @@
+"""DynamicConv2d and DynamicConv3d (Eq. 1-5, 7): convolutions that decide how much of themselves to compute."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import LayerConfig
+from ..errors import RedconvertError
+from .candidates import Candidates
+from .cheap import ChannelRebuild, FrameRebuild, resolve_cheap
+from .gate import Gate, GateWeights, candidate_weights, largest_open
+from .geometry import check_input, output_size
+from .masked import CheckpointedMix, attach, replace_value
+from .recipes import Recipe, recipe_of
+from .routing import FULL, Decision, decide, group_samples, route, sample_rows
+
+__all__ = ["DynamicConv", "DynamicConv2d", "DynamicConv3d", "Observation"]
+
+DEFAULT_GATE_FRAMES = 8  # where no example says how long clips are
+
+
+class Observation(NamedTuple):
+    """What one call of a dynamic convolution decided, for whoever listens in ``layer.observers``.
+
+    ``decisions`` holds one per sample; ``weights`` are the gate's, with their graph. Shapes are those
+    of the whole call, frames folded into the batch included.
+    """
+
+    input_shape: torch.Size
+    output_shape: torch.Size
+    weights: GateWeights
+    decisions: list[Decision]
+
+
+class DynamicConv(nn.Module):
+    """What DynamicConv2d and DynamicConv3d share. Use those."""
+
+    # Of the convolution this is mixed into.
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    weight: Tensor
+    bias: Tensor | None
+    dense_class: type  # what this convolution was; its forward is the full candidate
+
+    config: LayerConfig
+    candidates: Candidates
+    gate: Gate
+    cheap_c: ChannelRebuild | None
+    cheap_t: FrameRebuild | None
+    num_frames: int | None
+    layer_name: str
+
+    # Defaults on the class, so that a converted module holds them only while they differ.
+    enabled: bool = True
+    feeds_norm: bool = False
+    forced: tuple[list[int] | int | None, list[int] | int | None] = (None, None)
+    observers: tuple[Callable[[DynamicConv, Observation], None], ...] = ()
+
+    def make_dynamic(
+        self,
+        config: LayerConfig,
+        *,
+        name: str = "",
+        num_frames: int | None = None,
+        gate_frames: int | None = None,
+    ) -> None:
+        """Add gate and cheap operations to a plain convolution whose class has been set to this one.
+
+        Args:
+            config: how to decide.
+            name: the layer's, for messages; it also seeds the gate's start.
+            num_frames: frames per clip where time is folded into the batch of a 2D convolution.
+            gate_frames: frames that the layer saw in an example.
+        """
+        self.config, self.num_frames, self.layer_name = config, num_frames, name or type(self).__name__
+        self.candidates = self.plan_candidates(self, config, num_frames)
+        if self.candidates.is_static:
+            raise RedconvertError(f"layer '{self.layer_name}' has one channel and no time axis: nothing to decide")
+        self.cheap_c = self.cheap_t = None
+        if len(self.candidates.channels) > 1:
+            per_output = self.weight[0].numel()
+            kinds = [resolve_cheap(config.cheap, kept, per_output) for kept in self.candidates.channels[1:]]
+            self.cheap_c = ChannelRebuild(self.candidates, kinds).to(self.weight.device)
+            if not self.weight.is_meta:
+                self.cheap_c.start_from_weights(self.recipe.weight(self).detach(), self.bias, self.groups)
+        if len(self.candidates.strides) > 1:
+            self.cheap_t = FrameRebuild(self.candidates)
+        has_time = isinstance(self, nn.Conv3d) or num_frames is not None
+        frames = (config.gate_frames or gate_frames or num_frames or DEFAULT_GATE_FRAMES) if has_time else 1
+        self.gate = Gate(
+            self.in_channels,
+            frames,
+            len(self.candidates.channels),
+            len(self.candidates.strides),
+            config.gate_hidden,
+            torch.Generator().manual_seed(zlib.crc32(self.layer_name.encode())),
+        )
+        for part in self.added_modules():
+            part.to(device=self.weight.device, dtype=self.weight.dtype).train(self.training)
+
+    @staticmethod
+    def plan_candidates(conv: nn.Module, config: LayerConfig, num_frames: int | None) -> Candidates:
+        """The candidates that ``conv``, a Conv2d or Conv3d, would get."""
+        temporal = isinstance(conv, nn.Conv3d) or (num_frames or 1) > 1
+        return Candidates.build(conv.out_channels, conv.groups, config, temporal=temporal)  # type: ignore[arg-type]
+
+    def added_modules(self) -> list[nn.Module]:
+        """What conversion added: the gate and the cheap operations."""
+        return [part for part in (self.gate, self.cheap_c, self.cheap_t) if part is not None]
+
+    def cheap_parameters(self) -> Iterator[nn.Parameter]:
+        for part in (self.cheap_c, self.cheap_t):
+            if part is not None:
+                yield from part.parameters()
+
+    def extra_repr(self) -> str:
+        dynamic = f"channels={self.candidates.channels}, frame_strides={self.candidates.strides}"
+        return f"{super().extra_repr()}, {dynamic}, gate={self.config.gate!r}"
+
+    # -- forward ---------------------------------------------------------------------------------------
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.dense_class.forward(self, input)
+        dim = 5 if isinstance(self, nn.Conv3d) else 4
+        if input.dim() == dim - 1 and self.num_frames is None:
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        static = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not static:
+            check_input(self, input, self.layer_name, self.num_frames, self.recipe.pad is Recipe.pad)
+        weights = self._weights(input)
+        if static:
+            return self._masked_static(input, weights)
+        decisions = decide(weights, soft=self.config.gate == "soft")
+        if self.training:
+            y = self.dense_class.forward(self, input)
+            out = CheckpointedMix.apply(self, decisions, y, *weights, *self.cheap_parameters())
+        else:
+            groups = group_samples(decisions)
+            out = route(groups, lambda decision, n: self._sparse(input, weights, decision, n), input.device)
+        for observer in self.observers:
+            observer(self, Observation(input.shape, out.shape, weights, decisions))
+        return out
+
+    @property
+    def recipe(self) -> type[Recipe]:
+        """How the convolution pads and which weight it uses."""
+        return recipe_of(self.dense_class) or Recipe
+
+    @property
+    def frames_per_sample(self) -> int:
+        """Rows of the batch that one sample takes."""
+        return self.num_frames or 1
+
+    def _weights(self, x: Tensor) -> GateWeights:
+        num_samples = x.shape[0] // self.frames_per_sample
+        channel, temporal = self.forced
+        if channel is None or temporal is None:
+            values = self.gate(self._pool(x))
+            gated = GateWeights(*(candidate_weights(value, self.config.normalize) for value in values))
+        else:  # gates do not run where everything is forced
+            gated = GateWeights(x.new_empty(0), x.new_empty(0))
+        return GateWeights(
+            gated.channel if channel is None else self._one_hot("channel", channel, num_samples, x),
+            gated.temporal if temporal is None else self._one_hot("temporal", temporal, num_samples, x),
+        )
+
+    def _one_hot(self, axis: str, index: list[int] | int, num_samples: int, x: Tensor) -> Tensor:
+        per_sample = [index] * num_samples if isinstance(index, int) else index
+        if len(per_sample) != num_samples:
+            raise RedconvertError(
+                f"layer '{self.layer_name}': forced() got {len(per_sample)} {axis} candidates for {num_samples} samples"
+            )
+        count = len(self.candidates.channels if axis == "channel" else self.candidates.strides)
+        checked = torch.tensor([self.candidates.nearest(axis, i) for i in per_sample], device=x.device)
+        return F.one_hot(checked, count).to(self.gate.beta.dtype)
+
+    def _sparse(self, x: Tensor, weights: GateWeights, decision: Decision, samples: Tensor | None) -> Tensor:
+        """Compute only what ``decision`` asks for, for these samples (None: all)."""
+        if samples is not None:
+            x = x.index_select(0, sample_rows(samples, self.frames_per_sample))
+            weights = GateWeights(*(w.index_select(0, samples) for w in weights))
+        if decision == FULL:
+            return self.dense_class.forward(self, x)
+        y = self._convolve(x, decision.channel, decision.temporal)
+        return self._finish(y, weights, decision, self._output_frames(x))
+
+    def _finish(self, y: Tensor, weights: GateWeights, decision: Decision, num_frames: int) -> Tensor:
+        """From what ``_convolve`` returns for ``decision`` to the layer's output."""
+        i, j, blend = decision
+        normalized, frames = self.config.normalize, y.shape[0] // weights.channel.shape[0]
+        if self.cheap_c is not None and blend:
+            rows = weights.channel.repeat_interleave(frames, dim=0)
+            y = self.cheap_c.mix(y if i else self.cheap_c.to_ranks(y), rows, i, normalized)
+        elif self.cheap_c is not None and i:
+            y = self.cheap_c.single(y, i)
+        if self.cheap_t is not None:
+            z = self._as_clips(y, frames)
+            if blend:
+                z = self.cheap_t.mix(z, weights.temporal, num_frames, j, normalized)
+            else:
+                z = self.cheap_t.single(z, j, num_frames)
+            y = self._from_clips(z)
+        return y
+
+    def value_from_full(self, y: Tensor, weights: GateWeights, decision: Decision) -> Tensor:
+        """What inference would return, from the full convolution ``y`` in the layer's own channel order."""
+        if decision == FULL:
+            return y
+        i, j, _ = decision
+        num_frames = self._as_clips(y, self.frames_per_sample).shape[2]
+        if self.cheap_c is not None and i:
+            y = self.cheap_c.to_ranks(y)[:, : self.candidates.channels[i]]
+        if self.cheap_t is not None:
+            y = self._from_clips(self._as_clips(y, self.frames_per_sample)[:, :, :: self.candidates.strides[j]])
+        return self._finish(y, weights, decision, num_frames)
+
+    def mix(self, y: Tensor, weights: GateWeights) -> Tensor:
+        """The soft sum over all candidates (Eq. 5), from the full convolution ``y``: static shapes."""
+        normalized = self.config.normalize
+        if self.cheap_c is not None:
+            rows = weights.channel.repeat_interleave(self.frames_per_sample, dim=0)
+            y = self.cheap_c.mix(self.cheap_c.to_ranks(y), rows, 0, normalized)
+        if self.cheap_t is not None:
+            z = self._as_clips(y, self.frames_per_sample)
+            y = self._from_clips(self.cheap_t.mix(z, weights.temporal, z.shape[2], 0, normalized))
+        return y
+
+    def _masked_static(self, x: Tensor, weights: GateWeights) -> Tensor:
+        y = self.dense_class.forward(self, x)
+        hard = self.config.gate == "hard"
+        if not self.training:
+            return self.mix(y, self._hard(weights) if hard else weights)
+        out = self.mix(y, weights)
+        if hard:
+            out = replace_value(out, self.mix(y.detach(), self._hard(weights)).detach())
+        loss = self.rebuild_loss(y.detach(), GateWeights(*(w.detach() for w in weights)))
+        return out if loss is None else attach(out, loss)
+
+    @staticmethod
+    def _hard(weights: GateWeights) -> GateWeights:
+        return GateWeights(*(F.one_hot(largest_open(w).long(), w.shape[1]).to(w.dtype) for w in weights))
+
+    def rebuild_loss(self, y: Tensor, weights: GateWeights) -> Tensor | None:
+        """Mean squared error of the closed candidates' rebuilding, over y's variance; trains them alone.
+
+        A closed candidate has weight 0, and so no gradient from the soft sum. ``y`` carries no graph.
+        """
+        if not self.config.rebuild_weight:
+            return None
+        terms = []
+        scale = y.detach().var() + torch.finfo(y.dtype).tiny
+        if self.cheap_c is not None:
+            ranks = self.cheap_c.to_ranks(y)
+            for i, kept in enumerate(self.candidates.channels[1:], start=1):
+                error = (self.cheap_c.rebuild(i, ranks) - ranks[:, kept:]).square().flatten(1).mean(1)
+                closed = (weights.channel[:, i] == 0).repeat_interleave(self.frames_per_sample)
+                terms.append((error * closed).mean())
+        if self.cheap_t is not None:
+            z = self._as_clips(y, self.frames_per_sample)
+            for j, stride in enumerate(self.candidates.strides[1:], start=1):
+                rebuilt = self.cheap_t.single(z[:, :, ::stride], j, z.shape[2])
+                error = (rebuilt - z).square().flatten(1).mean(1)
+                terms.append((error * (weights.temporal[:, j] == 0)).mean())
+        return self.config.rebuild_weight * sum(terms[1:], terms[0]) / scale
+
+    # -- the convolution, whole or in part -------------------------------------------------------------
+
+    def _convolve(self, x: Tensor, channel: int, temporal: int) -> Tensor:
+        """The first k channels in rank order (all of them: in the layer's own), at every R-th output frame."""
+        kept, groups = self.candidates.channels[channel], self.groups
+        weight, bias, order = self.recipe.weight(self), self.bias, None
+        if self.cheap_c is not None and channel:
+            order = None if self.cheap_c.is_identity else self.cheap_c.order[:kept]
+            weight = weight[:kept] if order is None else weight.index_select(0, order)
+            if bias is not None:
+                bias = bias[:kept] if order is None else bias.index_select(0, order)
+        if kept < self.out_channels and groups > 1:  # whole groups, and the inputs they read
+            per_group_out, per_group_in = self.out_channels // groups, self.in_channels // groups
+            groups = kept // per_group_out
+            if order is None:
+                x = x[:, : groups * per_group_in]
+            else:
+                kept_groups = order[::per_group_out] // per_group_out
+                x = x.index_select(1, sample_rows(kept_groups, per_group_in))
+        return self._partial(x, weight, bias, groups, self.candidates.strides[temporal])
+
+    def _partial(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, frame_stride: int) -> Tensor:
+        raise TypeError("use DynamicConv2d or DynamicConv3d")
+
+    def _pool(self, x: Tensor) -> Tensor:
+        raise TypeError("use DynamicConv2d or DynamicConv3d")
+
+    def _as_clips(self, y: Tensor, frames: int) -> Tensor:
+        """``y``, with ``frames`` rows per sample, as ``(N, C, T, H, W)``: a view."""
+        return y
+
+    def _from_clips(self, z: Tensor) -> Tensor:
+        return z
+
+    def _output_frames(self, x: Tensor) -> int:
+        return 1
+
+
+class DynamicConv3d(DynamicConv, nn.Conv3d):
+    """A Conv3d that decides per sample how many output channels and frames to compute.
+
+    ``(N, C_in, T, H, W) -> (N, C_out, T_o, H_o, W_o)``, like `torch.nn.Conv3d`, whose arguments come first.
+    Candidate (i, j) convolves ``k_i`` channels at every ``2^j``-th frame, rebuilds the other channels with
+    Phi_c and the other frames with Phi_t; the gate's weights choose (``gate="hard"``) or mix
+    (``gate="soft"``) them: ``out = sum_ij w_c,i w_t,j E_j(Phi_i(conv(x)))``. At birth the full candidate
+    has weight 1, and the layer equals the Conv3d to the bit.
+
+    Args:
+        config: how to decide.
+        gate_frames: frames that the gate sees.
+    """
+
+    dense_class = nn.Conv3d
+
+    def __init__(self, *args, config: LayerConfig | None = None, gate_frames: int | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.make_dynamic(config or LayerConfig(), gate_frames=gate_frames)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return x.mean((3, 4))
+
+    def _output_frames(self, x: Tensor) -> int:
+        return output_size(self, 0, x.shape[2])
+
+    def _partial(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, frame_stride: int) -> Tensor:
+        x, padding = self.recipe.pad(self, x)
+        stride = (self.stride[0] * frame_stride, *self.stride[1:])
+        return F.conv3d(x, weight, bias, stride, padding, self.dilation, groups)
+
+
+class DynamicConv2d(DynamicConv, nn.Conv2d):
+    """A Conv2d that decides per sample how many output channels to compute, and frames with ``num_frames``.
+
+    ``(N, C_in, H, W) -> (N, C_out, H_o, W_o)``, like `torch.nn.Conv2d`, whose arguments come first. With
+    ``num_frames=T`` the batch is ``N * T`` frames, clip after clip, and decisions are per clip. The maths
+    is that of `DynamicConv3d`.
+
+    Args:
+        config: how to decide.
+        num_frames: frames per clip where the batch holds ``N * num_frames`` frames.
+    """
+
+    dense_class = nn.Conv2d
+
+    def __init__(self, *args, config: LayerConfig | None = None, num_frames: int | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.make_dynamic(config or LayerConfig(), num_frames=num_frames)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        pooled = x.mean((2, 3))
+        if self.num_frames is None:
+            return pooled.unsqueeze(2)
+        return pooled.unflatten(0, (-1, self.num_frames)).transpose(1, 2)
+
+    def _as_clips(self, y: Tensor, frames: int) -> Tensor:
+        return y.unflatten(0, (-1, frames)).transpose(1, 2)
+
+    def _from_clips(self, z: Tensor) -> Tensor:
+        return z.transpose(1, 2).flatten(0, 1)
+
+    def _output_frames(self, x: Tensor) -> int:
+        return self.frames_per_sample
+
+    def _partial(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, frame_stride: int) -> Tensor:
+        if frame_stride > 1:
+            x = x.unflatten(0, (-1, self.num_frames or 1))[:, ::frame_stride].flatten(0, 1)
+        x, padding = self.recipe.pad(self, x)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)

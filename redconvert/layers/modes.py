@@ -1,0 +1,103 @@
+"""Switch every dynamic layer of a network for a while: dense, forced, observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import RedconvertError
+from .conv import DynamicConv, Observation
+
+__all__ = ["disabled", "dynamic_layers", "forced", "observed"]
+
+
+def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
+    """The dynamic layers by name, each once. An error where there are none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv)}
+    if not layers:
+        raise RedconvertError(
+            f"{type(model).__name__} has no dynamic layers: pass what redconvert.convert(model) returned"
+        )
+    return layers
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the network dense, as it was before conversion: the teacher, or the other side of a benchmark."""
+    with _attributes(dynamic_layers(model).values(), enabled=False):
+        yield model
+
+
+@contextmanager
+def forced(
+    model: nn.Module,
+    *,
+    channel: int | Sequence[int] | Tensor | None = None,
+    temporal: int | Sequence[int] | Tensor | None = None,
+) -> Iterator[nn.Module]:
+    """Take these candidates whatever the gates say: tests, benchmarks and what-if questions.
+
+    Args:
+        model: a converted network.
+        channel: candidate index, 0 for all channels; one for all samples, or one per sample. A layer with
+            fewer candidates takes its cheapest, one without the axis ignores it. None leaves it to the gates.
+        temporal: the same for frames.
+
+    Raises:
+        RedconvertError: an index that no layer has, or not one per sample.
+    """
+    layers = dynamic_layers(model)
+    wanted = (_indices("channel", channel), _indices("temporal", temporal))
+    for axis, index, counts in (
+        ("channel", wanted[0], [len(layer.candidates.channels) for layer in layers.values()]),
+        ("temporal", wanted[1], [len(layer.candidates.strides) for layer in layers.values()]),
+    ):
+        highest = index if isinstance(index, int) else max(index or [0])
+        if highest > 0 and highest >= max(counts):
+            raise RedconvertError(
+                f"forced({axis}={highest}): no layer has this candidate; the largest index is {max(counts) - 1}"
+            )
+    with _attributes(layers.values(), forced=wanted):
+        yield model
+
+
+@contextmanager
+def observed(model: nn.Module, listener: Callable[[DynamicConv, Observation], None]) -> Iterator[nn.Module]:
+    """Call ``listener(layer, observation)`` after every call of a dynamic layer (not while compiled)."""
+    with ExitStack() as stack:
+        for layer in dynamic_layers(model).values():
+            stack.enter_context(_attributes([layer], observers=(*layer.observers, listener)))
+        yield model
+
+
+@contextmanager
+def _attributes(layers, **values: Any) -> Iterator[None]:
+    """Set instance attributes, and put back what was there, also where nothing was."""
+    before = [(layer, name, vars(layer).get(name, ...)) for layer in layers for name in values]
+    try:
+        for layer, name, _ in before:
+            setattr(layer, name, values[name])
+        yield
+    finally:
+        for layer, name, value in before:
+            if value is ...:
+                vars(layer).pop(name, None)
+            else:
+                setattr(layer, name, value)
+
+
+def _indices(axis: str, value: int | Sequence[int] | Tensor | None) -> int | list[int] | None:
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        indices = value
+    elif isinstance(value, Sequence) and value and all(isinstance(item, int) for item in value):
+        indices = list(value)
+    else:
+        raise RedconvertError(f"forced({axis}=...) takes an index or one index per sample, not {value!r}")
+    if min([indices] if isinstance(indices, int) else indices or [0]) < 0:
+        raise RedconvertError(f"forced({axis}={value!r}): candidates count from 0, which computes everything")
+    return indices

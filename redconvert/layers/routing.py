@@ -1,0 +1,84 @@
+"""Sparse mode: each sample's convolution runs only what its gates ask for; equal decisions run together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gate import GateWeights, largest_open
+
+__all__ = ["FULL", "Decision", "decide", "group_samples", "route"]
+
+
+class Decision(NamedTuple):
+    """The largest open candidate on each axis, and whether smaller ones are mixed in (``gate="soft"``)."""
+
+    channel: int
+    temporal: int
+    blend: bool = False
+
+
+FULL = Decision(0, 0)
+
+
+def decide(weights: GateWeights, soft: bool) -> list[Decision]:
+    """One decision per sample. The device is read once, for the whole batch."""
+    rows = [largest_open(weights.channel), largest_open(weights.temporal)]
+    if soft:
+        alone = [w.gather(1, index[:, None]).squeeze(1) == 1 for w, index in zip(weights, rows, strict=True)]
+        open_count = sum((w > 0).sum(1) for w in weights)
+        rows.append(~(alone[0] & alone[1] & (open_count == 2)))
+    return [Decision(row[0], row[1], bool(row[2]) if soft else False) for row in torch.stack(rows, dim=1).tolist()]
+
+
+def group_samples(decisions: Sequence[Decision]) -> dict[Decision, list[int]]:
+    """Which samples take which decision, in the order in which decisions first appear."""
+    groups: dict[Decision, list[int]] = {}
+    for sample, decision in enumerate(decisions):
+        groups.setdefault(decision, []).append(sample)
+    return groups
+
+
+def route(
+    groups: dict[Decision, list[int]],
+    compute: Callable[[Decision, Tensor | None], Tensor],
+    device: torch.device,
+) -> Tensor:
+    """Run ``compute(decision, samples)`` once per decision and put the results back in the batch's order.
+
+    ``samples`` is the index tensor of the group, or None where the whole batch agrees: then nothing is
+    gathered or scattered.
+    """
+    if len(groups) == 1:
+        return compute(next(iter(groups)), None)
+    total = sum(map(len, groups.values()))
+    out: Tensor | None = None
+    for decision, samples in groups.items():
+        index = torch.tensor(samples, device=device)
+        part = compute(decision, index)
+        if out is None:
+            shape = (total * (part.shape[0] // len(samples)), *part.shape[1:])
+            out = torch.empty(shape, dtype=part.dtype, device=device, memory_format=memory_format(part))
+        rows = sample_rows(index, part.shape[0] // len(samples))
+        out = out.index_copy(0, rows, part) if part.requires_grad else out.index_copy_(0, rows, part)
+    assert out is not None
+    return out
+
+
+def sample_rows(samples: Tensor, frames: int) -> Tensor:
+    """Rows of a batch of ``N * frames`` frames that belong to these samples."""
+    if frames == 1:
+        return samples
+    return (samples[:, None] * frames + torch.arange(frames, device=samples.device)).flatten()
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout that ``x`` is in, for results that keep it."""
+    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d if not x.is_contiguous() else torch.contiguous_format
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last if not x.is_contiguous() else torch.contiguous_format
+    return torch.contiguous_format
