@@ -31,7 +31,28 @@ def resolve_cheap(kind: str, kept: int, macs_per_output: int) -> str:
     return "pointwise" if kept <= AUTO_COST * macs_per_output else "scale"
 
 
-class Pointwise(nn.Module):
+class CheapOp(nn.Module):
+    """A linear operation ``(N, k, ...) -> (N, D, ...)``, with what its backward pass needs and no more."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    @property
+    def macs_per_position(self) -> int:
+        return self.weight.numel()
+
+    def pairing(self, kept: Tensor, gradient: Tensor) -> Tensor:
+        """``<op(kept), gradient>`` per sample, ``(N)``; differentiable in the operation's parameters alone."""
+        return (self(kept) * gradient).flatten(1).sum(1)
+
+    def adjoint(self, gradient: Tensor, kept: Tensor) -> Tensor:
+        """The gradient ``(N, k, ...)`` that ``gradient (N, D, ...)`` gives to ``kept``."""
+        with torch.enable_grad():
+            point = kept.detach().requires_grad_()
+            return torch.autograd.grad(self(point), point, gradient)[0]
+
+
+class Pointwise(CheapOp):
     """A 1x1 convolution, ``(N, k, ...) -> (N, D, ...)``: ``weight (D, k)``, ``bias (D)``."""
 
     def __init__(self, kept: int, dropped: int) -> None:
@@ -39,17 +60,24 @@ class Pointwise(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dropped, kept))
         self.bias = nn.Parameter(torch.zeros(dropped))
 
-    @property
-    def macs_per_position(self) -> int:
-        return self.weight.numel()
-
     def forward(self, kept: Tensor) -> Tensor:
         convolve = F.conv3d if kept.dim() == 5 else F.conv2d
         weight = self.weight.to(kept.dtype)[(..., *(None,) * (kept.dim() - 2))]
         return convolve(kept, weight, self.bias.to(kept.dtype))
 
+    def pairing(self, kept: Tensor, gradient: Tensor) -> Tensor:
+        # <W y, g> = <W, g y^T>: one product of small result instead of the operation's output.
+        kept, gradient = kept.detach().flatten(2), gradient.detach().flatten(2)
+        moments = torch.bmm(gradient, kept.transpose(1, 2))
+        return torch.einsum("dk,ndk->n", self.weight.to(kept.dtype), moments) + gradient.sum(2) @ self.bias.to(
+            kept.dtype
+        )
 
-class _OneSource(nn.Module):
+    def adjoint(self, gradient: Tensor, kept: Tensor) -> Tensor:
+        return torch.matmul(self.weight.detach().to(gradient.dtype).T, gradient.flatten(2)).view_as(kept)
+
+
+class _OneSource(CheapOp):
     """Operations that read one kept channel for each dropped one: ``source (D)`` holds its index."""
 
     source: Tensor
@@ -67,14 +95,16 @@ class Scale(_OneSource):
         super().__init__(kept, dropped)
         self.weight = nn.Parameter(torch.zeros(dropped))
 
-    @property
-    def macs_per_position(self) -> int:
-        return self.weight.numel()
-
     def forward(self, kept: Tensor) -> Tensor:
         shape = (-1, *(1,) * (kept.dim() - 2))
         weight, bias = self.weight.to(kept.dtype).view(shape), self.bias.to(kept.dtype).view(shape)
         return torch.addcmul(bias, kept.index_select(1, self.source), weight)
+
+    def pairing(self, kept: Tensor, gradient: Tensor) -> Tensor:
+        gradient = gradient.detach().flatten(2)
+        source = kept.detach().flatten(2).index_select(1, self.source)
+        moments = torch.einsum("ndp,ndp->nd", source, gradient)
+        return moments @ self.weight.to(kept.dtype) + gradient.sum(2) @ self.bias.to(kept.dtype)
 
 
 class Depthwise(_OneSource):
@@ -83,10 +113,6 @@ class Depthwise(_OneSource):
     def __init__(self, kept: int, dropped: int) -> None:
         super().__init__(kept, dropped)
         self.weight = nn.Parameter(torch.zeros(dropped, 1, 3, 3))
-
-    @property
-    def macs_per_position(self) -> int:
-        return self.weight.numel()
 
     def forward(self, kept: Tensor) -> Tensor:
         source, weight, bias = kept.index_select(1, self.source), self.weight.to(kept.dtype), self.bias.to(kept.dtype)
@@ -154,6 +180,16 @@ class ChannelRebuild(nn.Module):
         """All channels, from rank order to the layer's own."""
         return y if self.is_identity else y.index_select(1, self.inverse)
 
+    def kept(self, index: int) -> slice | Tensor:
+        """Indices of the channels that candidate ``index`` computes, in the layer's own order."""
+        ranks = slice(None, self.channels[index])
+        return ranks if self.is_identity else self.order[ranks]
+
+    def dropped(self, index: int) -> slice | Tensor:
+        """Indices of the others."""
+        ranks = slice(self.channels[index], None)
+        return ranks if self.is_identity else self.order[ranks]
+
     def rebuild(self, index: int, y: Tensor) -> Tensor:
         """The channels that candidate ``index`` drops, ``(N, C_out - k, ...)`` in rank order, from y's first k."""
         return self.ops[index - 1](y[:, : self.channels[index]])
@@ -161,6 +197,12 @@ class ChannelRebuild(nn.Module):
     def single(self, y: Tensor, index: int) -> Tensor:
         """Reduced candidate ``index`` alone: its ranks ``(N, k, ...)`` -> ``(N, C_out, ...)`` in the layer's order."""
         return self.from_ranks(torch.cat([y, self.rebuild(index, y)], dim=1))
+
+    def coverage(self, weights: Tensor) -> Tensor:
+        """For each rank the weight of the candidates that compute it, ``(N, S_c) -> (N, C_out)``."""
+        ranks = torch.arange(self.channels[0], device=weights.device)
+        kept = torch.tensor(self.channels, device=weights.device)
+        return weights @ (ranks < kept[:, None]).to(weights.dtype)
 
     def mix(self, y: Tensor, weights: Tensor, first: int = 0, normalized: bool = True) -> Tensor:
         """``sum_i w_i [y_(<k_i), Phi_i(y_(<k_i))]`` over the candidates from ``first`` on.
@@ -272,7 +314,38 @@ class FrameRebuild(nn.Module):
         # Not divisible: the last group is shorter, and what is rebuilt past the end is cut off.
         return torch.stack([z, *self.rebuild(index, z)], dim=3).flatten(2, 3)[:, :, :num_frames]
 
-    def mix(self, z: Tensor, weights: Tensor, num_frames: int, first: int = 0, normalized: bool = True) -> Tensor:
+    def matrices(self, num_frames: int) -> tuple[Tensor, Tensor]:
+        """All candidates as linear maps over frames: ``E (S_t, C, T, T)`` and ``bias (S_t, C, T)``.
+
+        ``E_j(z)_t = sum_s E[j, :, t, s] z_s + bias[j, :, t]``; the columns of dropped frames are 0.
+        """
+        maps, biases = [], []
+        frames = torch.arange(num_frames, device=self.weights[0].device)
+        channels = self.weights[0].shape[2]
+        for stride, weight, bias in zip(self.strides, (None, *self.weights), (None, *self.biases), strict=True):
+            left = frames // stride * stride
+            right = torch.where(left + stride < num_frames, left + stride, left)
+            ones, zeros = self.weights[0].new_ones(1, channels), self.weights[0].new_zeros(1, channels)
+            if weight is None or bias is None:
+                from_left, from_right, shift = ones, zeros, zeros
+            else:
+                from_left = torch.cat([ones, weight[:, 0]])
+                from_right, shift = torch.cat([zeros, weight[:, 1]]), torch.cat([zeros, bias])
+            offset = frames % stride
+            maps.append(
+                from_left[offset].T.unsqueeze(2) * F.one_hot(left, num_frames)
+                + from_right[offset].T.unsqueeze(2) * F.one_hot(right, num_frames)
+            )
+            biases.append(shift[offset].T)
+        return torch.stack(maps), torch.stack(biases)
+
+    def mixed_matrix(self, weights: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+        """``sum_j w_j E_j`` per sample: ``(N, C, T, T)``, and its bias ``(N, C, T)``."""
+        maps, biases = self.matrices(num_frames)
+        weights = weights.to(maps.dtype)
+        return torch.einsum("nj,jcts->ncts", weights, maps), torch.einsum("nj,jct->nct", weights, biases)
+
+    def mix(self, z: Tensor, weights: Tensor, num_frames: int, first: int = 0) -> Tensor:
         """``sum_j w_j E_j(z)``: E_j keeps every ``2**j``-th frame and rebuilds the others.
 
         Args:
@@ -280,31 +353,11 @@ class FrameRebuild(nn.Module):
             weights: ``(N, S_t)``; those before ``first`` must be 0.
             num_frames: frames of the result.
             first: the candidate with the most frames that is open.
-            normalized: the weights sum to 1, so frames that every candidate computes pass unchanged.
         """
-        columns = _columns(weights, z)
-        largest = self.strides[-1]
-        indices = range(first, len(self.strides))
-        rebuilt = {j: self.rebuild(j, z[:, :, :: self.strides[j] // self.strides[first]]) for j in indices if j}
-        groups = -(-num_frames // largest)
-        # One slot per offset in a group of the sparsest candidate; slot 0 is computed by all of them.
-        slots = []
-        for offset in range(min(largest, num_frames)):
-            count = -(-(num_frames - offset) // largest)  # groups that reach this offset: the last may be shorter
-            terms = []
-            for j in indices:
-                stride = self.strides[j]
-                if offset % stride == 0:
-                    source = z[:, :, offset // self.strides[first] :: largest // self.strides[first]]
-                else:
-                    source = rebuilt[j][offset % stride - 1][:, :, offset // stride :: largest // stride]
-                terms.append(source[:, :, :count])
-            if offset == 0 and normalized:
-                slot = terms[0]
-            else:
-                slot = sum(columns[j] * term for j, term in zip(indices, terms, strict=True))
-            slots.append(F.pad(slot, (0, 0, 0, 0, 0, groups - count)) if count < groups else slot)
-        return torch.stack(slots, dim=3).flatten(2, 3)[:, :, :num_frames]
+        matrix, bias = self.mixed_matrix(weights, num_frames)
+        matrix = matrix[..., :: self.strides[first]].to(z.dtype)
+        mixed = torch.matmul(matrix, z.flatten(3)) + bias.to(z.dtype).unsqueeze(3)
+        return mixed.unflatten(3, z.shape[3:])
 
 
 def _columns(weights: Tensor, like: Tensor) -> list[Tensor]:

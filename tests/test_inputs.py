@@ -1,0 +1,89 @@
+"""What counts as inputs, as a batch, and as labels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from redconvert.errors import RedconvertError
+from redconvert.inputs import (
+    as_arguments,
+    call_with,
+    device_of,
+    each_batch,
+    evaluating,
+    move_to,
+    take_inputs,
+    tensors_in,
+)
+
+X, Y = torch.ones(2, 3), torch.zeros(2)
+
+
+def test_arguments():
+    assert as_arguments((X, Y)) == ((X, Y), {})
+    assert as_arguments({"x": X, "scale": 2}) == ((), {"x": X, "scale": 2})
+    assert as_arguments([X, Y]) == (([X, Y],), {})
+    assert as_arguments(X) == ((X,), {})
+    assert as_arguments({}) == (({},), {})
+    assert as_arguments({1: X}) == (({1: X},), {})
+    assert torch.equal(call_with(nn.Identity(), {"input": X}), X)
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs"),
+    [
+        (X, X),
+        ((X, Y), X),
+        ([X, Y], X),
+        ([X], X),
+        (([X, Y], Y), [X, Y]),
+        (((X, Y), Y), (X, Y)),
+        (({"x": X}, Y), {"x": X}),
+        ({"x": X, "label": Y}, {"x": X}),
+        ({"x": X, "labels": Y, "target": Y, "targets": Y, "mask": Y}, {"x": X, "mask": Y}),
+    ],
+)
+def test_labels_are_left_out(batch, inputs):
+    taken = take_inputs(batch)
+    assert taken is inputs or taken == inputs
+    assert type(taken) is type(inputs)
+
+
+@pytest.mark.parametrize("batch", [None, 3, "x", [], (), [3, X], [[], Y], [["x"], Y], {"label": X}, {}])
+def test_what_is_no_batch(batch):
+    with pytest.raises(RedconvertError, match=r"batch.* A batch is a tensor; a tuple or list whose first"):
+        take_inputs(batch)
+
+
+def test_batches():
+    loader = DataLoader(TensorDataset(torch.ones(5, 3), torch.zeros(5)), batch_size=2)
+    assert [len(x) for x in each_batch(loader)] == [2, 2, 1]
+    for single in (X, (X, Y), {"x": X, "label": Y}):
+        assert len(list(each_batch(single))) == 1
+    assert len(list(each_batch(iter([X, (X, Y)])))) == 2
+    with pytest.raises(RedconvertError, match="empty"):
+        each_batch([])
+    with pytest.raises(RedconvertError, match="iterable of batches, not int"):
+        each_batch(3)
+
+
+def test_moving():
+    moved = move_to({"x": [X, 3], "y": (Y, None)}, "meta")
+    assert moved["x"][0].is_meta and moved["y"][0].is_meta
+    assert (moved["x"][1], moved["y"][1]) == (3, None)
+    assert [tensor.shape for tensor in tensors_in(moved)] == [X.shape, Y.shape]
+    assert device_of(nn.Linear(2, 2, device="meta")) == torch.device("meta")
+    assert device_of(nn.Identity()) == torch.device("cpu")
+
+
+def test_evaluating():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    model[0].eval()
+    with pytest.raises(ValueError), evaluating(model):
+        assert not model.training and not model[1].training and not torch.is_grad_enabled()
+        raise ValueError
+    assert [module.training for module in model.modules()] == [True, False, True]
+    assert torch.is_grad_enabled()
