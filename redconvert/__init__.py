@@ -3,6 +3,7 @@
 from .config import ConvertConfig, LayerConfig
 from .convert import Plan, convert, revert
 from .convert import make_plan as plan
+from .cost import Report, report
 from .errors import RedconvertError
 from .layers import DynamicConv2d, DynamicConv3d, Recipe, disabled, forced, observed, register
 
@@ -16,6 +17,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "RedconvertError",
+    "Report",
     "__version__",
     "convert",
     "disabled",
@@ -23,5 +25,6 @@ __all__ = [
     "observed",
     "plan",
     "register",
+    "report",
     "revert",
 ]

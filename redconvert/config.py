@@ -152,7 +152,9 @@ class ConvertConfig(LayerConfig):
                 raise RedconvertError(
                     f"rule {pattern!r} cannot be written as JSON: use a glob or 're:...' pattern for configs on disk"
                 )
-        rules = [[pattern, None if layer is None else layer.to_dict()] for pattern, layer in self.rules]
+        rules = [
+            [pattern, layer.to_dict() if isinstance(layer, LayerConfig) else None] for pattern, layer in self.rules
+        ]
         return {
             **self.to_layer_dict(),
             "num_frames": self.num_frames,
@@ -179,7 +181,7 @@ class ConvertConfig(LayerConfig):
 
 
 def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(cls)]
     unknown = [name for name in values if name not in known]
     if unknown:
         raise RedconvertError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(known)}")

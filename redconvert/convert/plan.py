@@ -225,7 +225,7 @@ def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
 
 def _check_clip(config: ConvertConfig, traced: Trace) -> None:
     """The example's clip must hold at least one group of the sparsest temporal candidate."""
-    frames = [facts.input_shape[2] for facts in traced.facts.values() if len(facts.input_shape or ()) == 5]
+    frames = [facts.clip_frames for facts in traced.facts.values() if facts.clip_frames is not None]
     stride = 2 ** (config.search_space - 1)
     if config.temporal and frames and max(frames) < stride:
         raise RedconvertError(
@@ -238,7 +238,7 @@ def _check_finite(verdicts: tuple[Verdict, ...], layers: dict[str, tuple[nn.Modu
     for verdict in verdicts:
         module = layers[verdict.name][0]
         for kind, tensor in module.named_parameters(recurse=False):
-            if verdict.converted and not tensor.is_meta and not torch.isfinite(tensor).all():
+            if verdict.converted and not tensor.is_meta and not torch.isfinite(tensor.detach()).all():
                 raise RedconvertError(
                     f"{kind} of layer '{verdict.name}' holds NaN or infinite values: "
                     f"load sound weights before converting"
@@ -256,7 +256,7 @@ def _judge(
     rule: tuple[int, LayerConfig | None] | None,
     facts: ConvFacts,
 ) -> Verdict:
-    size = "x".join(map(str, module.kernel_size))  # type: ignore[arg-type, union-attr]
+    size = "x".join(map(str, module.kernel_size))  # type: ignore[arg-type]
     verdict = Verdict(name, aliases, f"{type(module).__name__} {size}", False, "", None, facts)
     if not isinstance(module, nn.Conv2d | nn.Conv3d):
         return replace(verdict, reason="transposed or 1D: not a convolution over frames or images that can be reduced")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
@@ -59,7 +58,7 @@ def convert(model: M, config: ConvertConfig | None = None, *, example_inputs: An
                     verdict.config,
                     name=verdict.name,
                     num_frames=verdict.num_frames,
-                    gate_frames=verdict.facts.input_shape[-3] if len(verdict.facts.input_shape or ()) == 5 else None,
+                    gate_frames=verdict.facts.clip_frames,
                     feeds_norm=verdict.facts.feeds_norm,
                 )
             )
@@ -88,7 +87,7 @@ def convert_layer(
         if feeds_norm:
             conv.feeds_norm = True
     except BaseException:
-        conv.__class__ = before[0]
+        conv.__class__ = before[0]  # type: ignore[assignment]
         vars(conv).clear()
         vars(conv).update(before[1])
         conv._modules.clear()
@@ -127,8 +126,8 @@ ADDED_ATTRIBUTES = (
 )
 
 
-def _restore(layer: nn.Module) -> None:
-    dense = type(layer).dense_class
+def _restore(layer: DynamicConv) -> None:
+    dense = layer.dense_class
     for name in ADDED_MODULES:
         layer._modules.pop(name, None)
     for name in ADDED_ATTRIBUTES:
@@ -139,8 +138,10 @@ def _restore(layer: nn.Module) -> None:
 # -- classes -------------------------------------------------------------------------------------------
 
 
-@cache
-def _dynamic_class(dense: type) -> type[DynamicConv]:
+_SUBCLASSES: dict[type, type[DynamicConv]] = {}
+
+
+def _dynamic_class(dense: Any) -> type[DynamicConv]:
     """The dynamic class of a convolution class; a subclass keeps its own methods and ``isinstance``."""
     if dense is nn.Conv3d:
         return DynamicConv3d
@@ -148,8 +149,11 @@ def _dynamic_class(dense: type) -> type[DynamicConv]:
         return DynamicConv2d
     if not issubclass(dense, nn.Conv2d | nn.Conv3d):
         raise RedconvertError(f"{dense.__name__} is not a Conv2d or Conv3d")
-    base = DynamicConv3d if issubclass(dense, nn.Conv3d) else DynamicConv2d
-    return type(f"Dynamic{dense.__name__}", (base, dense), {"__reduce__": _reduce, "dense_class": dense})
+    if dense not in _SUBCLASSES:
+        base = DynamicConv3d if issubclass(dense, nn.Conv3d) else DynamicConv2d
+        members = {"__reduce__": _reduce, "dense_class": dense}
+        _SUBCLASSES[dense] = type(f"Dynamic{dense.__name__}", (base, dense), members)
+    return _SUBCLASSES[dense]
 
 
 def _reduce(self: Any) -> tuple:

@@ -77,6 +77,11 @@ class ConvFacts:
     feeds_norm: bool = False
     is_output: bool = False
 
+    @property
+    def clip_frames(self) -> int | None:
+        """Frames of its input; None for images and where unknown."""
+        return self.input_shape[2] if self.input_shape is not None and len(self.input_shape) == 5 else None
+
 
 @dataclass
 class Trace:

@@ -23,14 +23,14 @@ COLUMNS = (
 )
 
 
-def render_html(report: Report) -> str:
+def render_html(report: Report, note: str = "") -> str:
     """The page's text. Every name in it is escaped."""
     template = resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     scale = max([1.0, *(max(layer.dense_macs, layer.executed_max) for layer in report.layers)])
     return Template(template).substitute(
         title=escape(f"{report.model}: cost"),
         model=escape(report.model),
-        subtitle=_subtitle(report),
+        subtitle=_subtitle(report) + (f"<br>{escape(note)}" if note else ""),
         tiles="\n".join(_tiles(report)),
         legend=_legend(report),
         time_note=_time_note(report),

@@ -126,11 +126,14 @@ class Report:
         """One line per layer, also written to ``path`` where one is given. RedconvertError: it cannot be written."""
         return _written(render_csv(self), path)
 
-    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """One self-contained page, also written to ``path`` where one is given. RedconvertError: it cannot be."""
+    def to_html(self, path: str | os.PathLike[str] | None = None, *, note: str = "") -> str:
+        """One self-contained page, also written to ``path`` where one is given. RedconvertError: it cannot be.
+
+        ``note`` stands under the title: what the reader should know of how this was run.
+        """
         from .html import render_html
 
-        return _written(render_html(self), path)
+        return _written(render_html(self, note), path)
 
     def table(self) -> Table:
         """For rich's consoles; needs rich."""

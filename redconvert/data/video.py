@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import sys
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -40,22 +43,27 @@ def read_video(path: str | Path, *, num_frames: int | None = None, start: int | 
     _require_at_least("read_video", start=(first, 0), step=(step, 1))
     if num_frames is not None:
         _require_at_least("read_video", num_frames=(num_frames, 1))
-    stop = None if num_frames is None else first + (num_frames - 1) * step + 1
+    stop = sys.maxsize if num_frames is None else first + (num_frames - 1) * step + 1
+    frames, decoded = _decode(path, range(first, stop, step), stop)
+    if not frames:
+        raise RedconvertError(f"'{path}' has {decoded} frames, so none at start={first}. Choose a smaller start.")
+    return torch.stack(list(frames.values()))
 
-    frames: list[Tensor] = []
+
+def _decode(path: str | Path, wanted: Container[int], stop: int) -> tuple[dict[int, Tensor], int]:
+    """The wanted frames in front of ``stop`` by index, uint8 ``(H, W, 3)``, and how many were decoded."""
+    frames: dict[int, Tensor] = {}
     decoded = 0
+    size: tuple[int, int] | None = None
     with _open_video(path) as (container, stream):
         for index, frame in enumerate(islice(container.decode(stream), stop)):
             decoded = index + 1
-            if index < first or (index - first) % step:
-                continue
-            height, width = frames[0].shape[:2] if frames else (frame.height, frame.width)
-            frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24", height=height, width=width)))
+            if index in wanted:
+                height, width = size = size or (frame.height, frame.width)
+                frames[index] = torch.from_numpy(frame.to_ndarray(format="rgb24", height=height, width=width))
     if not decoded:
         raise RedconvertError(f"'{path}' has a video stream but no frame in it. Check or re-encode the file.")
-    if not frames:
-        raise RedconvertError(f"'{path}' has {decoded} frames, so none at start={first}. Choose a smaller start.")
-    return torch.stack(frames)
+    return frames, decoded
 
 
 def sample_clip(video: Tensor, num_frames: int, step: int = 1, position: Position = "center") -> Tensor:
@@ -151,33 +159,63 @@ def load_clip(
     step: int = 1,
     position: Position = "center",
     short_side: int | None = None,
+    fps: float | None = 25.0,
 ) -> Tensor:
     """One clip of a video file, as ``i3d_kinetics`` takes it: :func:`sample_clip`, then :func:`to_clip`.
 
-    The frames in front of the clip are decoded but not kept, those behind it are not decoded at all, so memory is
-    that of one clip however long the video is. The video's length is its number of packets, which in some old files
-    is a frame off. A short video is repeated, as :func:`sample_clip` says.
+    The defaults are DeepMind's recipe for the Kinetics weights: the video at 25 frames per second, its short side
+    at 256 pixels, the 224x224 square in the middle, values in [-1, 1].
+
+    Frame i of the clip is the file's frame ``start + floor(i * step * rate / fps)``, the nearest one that is not later
+    than its time; a file with fewer frames per second repeats some. A file that does not say its rate is taken as it
+    is, and one with a varying rate at its average.
+
+    Only the frames of the clip are kept, those behind it are not decoded, so memory is that of one clip however long
+    the video is. The video's length is its number of packets; only in a file that holds fewer frames than that and is
+    read to the end is it counted again. A short video is repeated, as :func:`sample_clip` says.
 
     Args:
         path: the video file.
         num_frames: frames of the clip.
         size: side of the square, in pixels.
-        step: distance between two frames of the clip, in frames of the video.
+        step: distance between two frames of the clip, in frames of the video at ``fps``: 2 sees twice the time.
         position: where the clip lies in the video, as in :func:`sample_clip`.
         short_side: what the short side is scaled to before the crop; None is ``size * 256 / 224``, rounded: I3D's
             weights were trained and tested on 224x224 crops of videos with a short side of 256.
+        fps: frames per second that the clip is made of; None takes the file's own frames, whatever their rate.
 
     Returns:
         float32 RGB ``(3, num_frames, size, size)`` in [-1, 1].
 
     Raises:
-        RedconvertError: what :func:`read_video`, :func:`sample_clip` and :func:`to_clip` refuse.
+        RedconvertError: a rate that is not positive, or what :func:`read_video`, :func:`sample_clip` and
+            :func:`to_clip` refuse.
     """
     short_side = round(size * 256 / 224) if short_side is None else short_side
     _require_at_least("load_clip", size=(size, 1), short_side=(short_side, size))
-    start = _clip_start(max(_count_frames(path), 1), num_frames, step, position)
-    frames = read_video(path, num_frames=(num_frames - 1) * step + 1, start=start)
-    return to_clip(sample_clip(frames, num_frames, step, position=0.0), size, short_side=short_side)
+    if fps is not None and not 0 < fps < math.inf:
+        raise RedconvertError(f"load_clip: fps={fps}; it must be above 0, or None for the file's own frames.")
+    total, rate = _length_and_rate(path)
+    stride = Fraction(1) if fps is None or rate is None else rate / Fraction(fps)  # of one frame at fps, in the file's
+    indices = _clip_indices(max(total, 1), stride, num_frames, step, position)
+    frames, decoded = _decode(path, frozenset(indices), max(indices) + 1)
+    if decoded <= max(indices):  # a packet is not always a frame; now the length is known
+        indices = _clip_indices(decoded, stride, num_frames, step, position)
+        if not frames.keys() >= set(indices):
+            frames, _ = _decode(path, frozenset(indices), max(indices) + 1)
+    kept = sorted(frames)
+    place = {index: i for i, index in enumerate(kept)}
+    clip = to_clip(torch.stack([frames[index] for index in kept]), size, short_side=short_side)
+    return clip[:, [place[index] for index in indices]]
+
+
+def _clip_indices(total: int, stride: Fraction, num_frames: int, step: int, position: Position) -> list[int]:
+    """The file's frames that make up a clip: of its ``total`` frames every ``stride``-th is one to choose from."""
+    _require_at_least("load_clip", num_frames=(num_frames, 1), step=(step, 1))
+    span = math.floor((num_frames - 1) * step * stride) + 1
+    start = _clip_start(total, span, 1, position)
+    available = math.ceil(total / stride)  # before a short video begins again
+    return [start + math.floor(i * step % available * stride) for i in range(num_frames)]
 
 
 def _clip_start(total: int, num_frames: int, step: int, position: Position) -> int:
@@ -190,10 +228,14 @@ def _clip_start(total: int, num_frames: int, step: int, position: Position) -> i
     return int(max(spare, 0) * fraction)
 
 
-def _count_frames(path: str | Path) -> int:
-    """Number of packets with data: one per frame, found without decoding. Many files' headers lack the count."""
+def _length_and_rate(path: str | Path) -> tuple[int, Fraction | None]:
+    """Number of packets with data, and frames per second where the file says them.
+
+    A packet is a frame, found without decoding: many files' headers lack the count.
+    """
     with _open_video(path) as (container, stream):
-        return sum(packet.size > 0 for packet in container.demux(stream))
+        rate = stream.average_rate or stream.guessed_rate
+        return sum(packet.size > 0 for packet in container.demux(stream)), rate if rate and rate > 0 else None
 
 
 @contextmanager

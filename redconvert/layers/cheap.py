@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +181,10 @@ class ChannelRebuild(nn.Module):
         """All channels, from rank order to the layer's own."""
         return y if self.is_identity else y.index_select(1, self.inverse)
 
+    def op(self, index: int) -> CheapOp:
+        """Phi_c of reduced candidate ``index``."""
+        return cast(CheapOp, self.ops[index - 1])
+
     def kept(self, index: int) -> slice | Tensor:
         """Indices of the channels that candidate ``index`` computes, in the layer's own order."""
         ranks = slice(None, self.channels[index])
@@ -192,7 +197,7 @@ class ChannelRebuild(nn.Module):
 
     def rebuild(self, index: int, y: Tensor) -> Tensor:
         """The channels that candidate ``index`` drops, ``(N, C_out - k, ...)`` in rank order, from y's first k."""
-        return self.ops[index - 1](y[:, : self.channels[index]])
+        return self.op(index)(y[:, : self.channels[index]])
 
     def single(self, y: Tensor, index: int) -> Tensor:
         """Reduced candidate ``index`` alone: its ranks ``(N, k, ...)`` -> ``(N, C_out, ...)`` in the layer's order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,9 @@ class DynamicConv(nn.Module):
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
     groups: int
-    padding_mode: str
     weight: Tensor
     bias: Tensor | None
-    dense_class: type  # what this convolution was; its forward is the full candidate
+    dense_class: Any  # what this convolution was; its forward is the full candidate
 
     config: LayerConfig
     candidates: Candidates
@@ -253,7 +252,8 @@ class DynamicConv(nn.Module):
         if not self.config.rebuild_weight:
             return None
         if not (self.cheap_c is not None and "depthwise" in self.cheap_c.kinds):  # that one needs neighbours
-            y = y[(..., *(slice(None, None, max(1, size // SAMPLED_SIZE)) for size in y.shape[-2:]))].contiguous()
+            down, across = (max(1, size // SAMPLED_SIZE) for size in y.shape[-2:])
+            y = y[..., ::down, ::across].contiguous()
         terms = []
         scale = y.detach().var() + torch.finfo(y.dtype).tiny
         if self.cheap_c is not None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any, TypeAlias
+
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import RedconvertError
 
 __all__ = ["check_input", "output_size", "pad_input"]
 
-Conv = nn.Conv2d | nn.Conv3d
+Conv: TypeAlias = Any  # a Conv2d or Conv3d, or a dynamic one, which shares their attributes
 
 
 def output_size(conv: Conv, axis: int, size: int) -> int:

@@ -51,16 +51,17 @@ def layer_macs(layer: DynamicConv, input_shape: Sequence[int], output_shape: Seq
     """MACs of ``layer`` per sample, from the shapes of one call (batch and folded frames included)."""
     frames, positions = _frames_and_positions(layer, output_shape)
     per_output = layer.weight[0].numel()
-    conv, cheap = [], []
+    conv: list[list[int]] = []
+    cheap: list[list[int]] = []
     for i, kept in enumerate(layer.candidates.channels):
-        rebuild_channels = layer.cheap_c.ops[i - 1].macs_per_position if layer.cheap_c is not None and i else 0
+        rebuild_channels = layer.cheap_c.op(i).macs_per_position if layer.cheap_c is not None and i else 0
         conv.append([])
         cheap.append([])
         for j in range(len(layer.candidates.strides)):
             computed = layer.candidates.frames(j, frames)
             conv[-1].append(kept * computed * positions * per_output)
             rebuild_frames = 2 * (frames - computed) * layer.out_channels
-            cheap[-1].append(positions * (computed * rebuild_channels + rebuild_frames))  # type: ignore[operator]
+            cheap[-1].append(positions * (computed * rebuild_channels + rebuild_frames))
     in_frames = input_shape[2] if len(input_shape) == 5 else layer.frames_per_sample
     pooled = layer.in_channels * in_frames * math.prod(input_shape[-2:])
     gate = pooled + layer.gate.fc1.weight.numel() + layer.gate.fc2.weight.numel()
@@ -95,7 +96,7 @@ def _blended(layer: DynamicConv, seen: Observation, sample: int, channel: int, t
     extra = 0
     for i, weight in enumerate(seen.weights.channel[sample].tolist()):
         if layer.cheap_c is not None and i > channel and weight > 0:
-            extra += layer.cheap_c.ops[i - 1].macs_per_position * computed * positions  # type: ignore[operator]
+            extra += layer.cheap_c.op(i).macs_per_position * computed * positions
     for j, weight in enumerate(seen.weights.temporal[sample].tolist()):
         if j > temporal and weight > 0:
             extra += 2 * (frames - layer.candidates.frames(j, frames)) * layer.out_channels * positions

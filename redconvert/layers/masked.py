@@ -144,7 +144,8 @@ class _Pullback:
             # Channels that every candidate computes: their weight is always 1, unless weights are not normalised.
             fixed = cheap.channels[-1] if layer.config.normalize else 0
             self.values.append((covered * self._dots(y, g))[:, fixed:].sum())
-            for i, (op, kept) in enumerate(zip(cheap.ops, cheap.channels[1:], strict=True), start=1):
+            for i, kept in enumerate(cheap.channels[1:], start=1):
+                op = cheap.op(i)
                 self.values.append((rows[:, i] * op.pairing(y[:, :kept], g[:, kept:])).sum())
                 if pulled is not None:
                     weighted = g[:, kept:] * rows[:, i].detach().to(g.dtype).view(shape)

@@ -93,7 +93,7 @@ def _indices(axis: str, value: int | Sequence[int] | Tensor | None) -> int | lis
     if isinstance(value, Tensor):
         value = value.tolist()
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        indices = value
+        indices: int | list[int] | None = value
     elif isinstance(value, Sequence) and value and all(isinstance(item, int) for item in value):
         indices = list(value)
     else:

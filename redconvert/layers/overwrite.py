@@ -71,7 +71,7 @@ def _overwrite_part(layer: DynamicConv, part: Tensor, decision: Decision) -> lis
         assert layer.cheap_c is not None
         dropped = layer.cheap_c.dropped(decision.channel)
         before.append(clips[:, dropped].clone())
-        rebuilt = layer.cheap_c.ops[decision.channel - 1](layer.from_clips(computed[:, kept]))
+        rebuilt = layer.cheap_c.op(decision.channel)(layer.from_clips(computed[:, kept]))
         computed[:, dropped] = layer.as_clips(rebuilt, computed.shape[2])
     if decision.temporal:
         assert layer.cheap_t is not None
