@@ -1,5 +1,6 @@
 """redconvert: turn a pretrained video or image network into one that decides, per input, how much to compute."""
 
+from .checkpoint import from_pretrained, load_weights, save_pretrained
 from .config import ConvertConfig, LayerConfig
 from .convert import Plan, convert, revert
 from .convert import make_plan as plan
@@ -22,9 +23,12 @@ __all__ = [
     "convert",
     "disabled",
     "forced",
+    "from_pretrained",
+    "load_weights",
     "observed",
     "plan",
     "register",
     "report",
     "revert",
+    "save_pretrained",
 ]

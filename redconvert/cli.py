@@ -361,14 +361,16 @@ def _spinner(text: str, quiet: bool) -> Progress:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=quiet,
+        disable=quiet or not sys.stderr.isatty(),
     )
     progress.add_task(text)
     return progress
 
 
 def _tracked(names: Any, text: str, quiet: bool) -> Any:
-    return track(list(names), text, console=Console(stderr=True), transient=True, disable=quiet)
+    return track(
+        list(names), text, console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty()
+    )
 
 
 if __name__ == "__main__":

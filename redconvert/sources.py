@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,12 +206,14 @@ def guess_architecture(
 
         dimension = 5 if any(value.dim() == 5 for value in tensors.values()) else 4
         video = set(models.list_models(module=models.video))
-        names += [f"torchvision:{name}" for name in models.list_models() if (name in video) == (dimension == 5)]
+        plain = [name for name in models.list_models(exclude="quantized_*") if (name in video) == (dimension == 5)]
+        names += [f"torchvision:{name}" for name in plain]
     except ImportError:
         pass
     for name in progress(names):
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of initialisation: nothing is initialised here
                 skeleton = open_source(name).model
         except Exception:
             continue  # some builders cannot be built without numbers

@@ -7,7 +7,7 @@ from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING
 
-from .render import candidate_label, format_count, format_ms, format_share, mix, saving
+from .render import candidate_label, format_count, format_ms, format_share, mix, saved_words, saving
 
 if TYPE_CHECKING:
     from .report import LayerReport, Report
@@ -57,14 +57,14 @@ def _tiles(report: Report) -> list[str]:
         _tile(
             "Executed",
             *_unit(report.executed_macs),
-            f"{saving(report.dense_macs, report.executed_macs)} saved · {low} to {high}",
+            f"{saved_words(report.dense_macs, report.executed_macs)} · {low} to {high}",
         ),
     ]
     if report.dense_ms is not None:
         dense, dynamic = format_ms(report.dense_ms), format_ms(report.dynamic_ms)
-        faster = saving(report.dense_ms, report.dynamic_ms or 0.0)
+        faster = saved_words(report.dense_ms, report.dynamic_ms or 0.0)
         tiles += [
-            _tile("Time per batch", f"{dense} → {dynamic}", "ms", f"dense → dynamic, {faster} saved"),
+            _tile("Time per batch", f"{dense} → {dynamic}", "ms", f"dense → dynamic, {faster}"),
             _tile("Share realised", format_share(report.share), "", "of the speed-up that the MACs promise"),
         ]
     return tiles
