@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .config import LayerConfig
 from .convert import ConvFacts, convert_layer, revert
-from .convert.plan import _check_model, _obstacle
-from .convert.rewrite import _copied
+from .convert.plan import check_model, obstacle
+from .convert.rewrite import copied
 from .errors import RedconvertError
 from .files import write_bytes_atomic, write_text_atomic
 from .layers import DynamicConv, dynamic_layers
@@ -266,7 +266,7 @@ def from_pretrained(model: M, folder: str | os.PathLike[str], *, inplace: bool =
     source = Path(folder)
     saved = _read_config(source)
     layers = _read_layers(source, saved)
-    _check_model(model)
+    check_model(model)
     convs = _check_layers(model, layers, source)
     state = _read_weights(source, saved)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if isinstance(value, Tensor)}
@@ -280,7 +280,7 @@ def from_pretrained(model: M, folder: str | os.PathLike[str], *, inplace: bool =
     check_fit(expected, state, f"'{source}' does not fit {type(model).__name__}")
     check_values(model, state, f"'{source}'")
 
-    target = model if inplace else _copied(model)
+    target = model if inplace else copied(model)
     modules = dict(target.named_modules())
     try:
         for name, layer in layers.items():
@@ -376,9 +376,9 @@ def _check_layers(model: nn.Module, layers: dict[str, SavedLayer], folder: Path)
                 f"{what}: layer '{name}' is also called {names[conv][1:] or 'nothing else'}, the saved one "
                 f"{list(layer.aliases) or 'nothing else'}. Share the same layers as the network that was saved"
             )
-        obstacle = _obstacle(conv, ConvFacts())  # type: ignore[arg-type]
-        if obstacle:
-            raise RedconvertError(f"{what}: layer '{name}' cannot become dynamic: {obstacle}")
+        reason = obstacle(conv, ConvFacts())  # type: ignore[arg-type]
+        if reason:
+            raise RedconvertError(f"{what}: layer '{name}' cannot become dynamic: {reason}")
     return {name: modules[name] for name in layers}
 
 

@@ -329,7 +329,10 @@ def check_values(model: nn.Module, found: Mapping[str, Tensor], where: str) -> N
 
 def memory_of(tensor: Tensor) -> tuple[Any, ...]:
     """Equal for two tensors that are the same numbers in the same memory."""
-    return (tensor.device, tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
+    pointer = tensor.data_ptr() if tensor.layout is torch.strided else 0
+    if not pointer:  # empty, sparse, sharded, on the meta device: never the same
+        return (id(tensor),)
+    return (tensor.device, pointer, tensor.dtype, tensor.shape, tensor.stride())
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:

@@ -18,11 +18,12 @@ from torch.nn.utils import parametrize
 from ..config import ConvertConfig, LayerConfig, Pattern
 from ..errors import RedconvertError
 from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d
+from ..layers.conv import ADDED_ATTRIBUTES
 from ..layers.macs import LayerMacs, layer_macs
 from ..layers.recipes import recipe_of
 from .trace import ConvFacts, Trace, trace
 
-__all__ = ["Plan", "Verdict", "make_plan"]
+__all__ = ["Plan", "Verdict", "check_model", "make_plan", "obstacle"]
 
 # Shapes that stand in where no example says how large a layer's input is: they only decide min_saving.
 NOMINAL_FRAMES, NOMINAL_SIZE = 8, 28
@@ -137,7 +138,7 @@ def make_plan(model: nn.Module, config: ConvertConfig | None = None, *, example_
     config = config or ConvertConfig()
     if not isinstance(config, ConvertConfig):
         raise RedconvertError(f"config must be a ConvertConfig, not {type(config).__name__}")
-    _check_model(model)
+    check_model(model)
     aliases: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Conv2d | nn.Conv3d | nn.Conv1d | nn.modules.conv._ConvTransposeNd):
@@ -159,7 +160,8 @@ def make_plan(model: nn.Module, config: ConvertConfig | None = None, *, example_
 # -- checks of the whole -------------------------------------------------------------------------------
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Refuse what cannot be converted as a whole."""
     if not isinstance(model, nn.Module):
         raise RedconvertError(f"convert takes a torch.nn.Module, not {type(model).__name__}")
     for name, module in model.named_modules():
@@ -262,7 +264,7 @@ def _judge(
         return replace(verdict, reason="transposed or 1D: not a convolution over frames or images that can be reduced")
     dense = _dense_macs(module, facts, config)
     verdict = replace(verdict, dense_macs=dense)
-    reason = _obstacle(module, facts)
+    reason = obstacle(module, facts)
     if reason:
         return replace(verdict, reason=reason)
     if rule is not None and rule[1] is None:
@@ -307,7 +309,7 @@ def _judge(
     )
 
 
-def _obstacle(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts) -> str | None:
+def obstacle(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts) -> str | None:
     """Why this convolution cannot become dynamic whatever the rules say."""
     base = nn.Conv3d if isinstance(module, nn.Conv3d) else nn.Conv2d
     if parametrize.is_parametrized(module):
@@ -318,6 +320,9 @@ def _obstacle(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts) -> str | None:
         return "its forward was replaced on the instance"
     if recipe_of(type(module)) is None:
         return f"own forward: {type(module).__name__} is more than a {base.__name__} (redconvert.register teaches it)"
+    taken = [name for name in ADDED_ATTRIBUTES if hasattr(module, name)]
+    if taken:
+        return f"{type(module).__name__} has a '{taken[0]}' of its own, a name that conversion needs"
     if facts.calls == 0:
         return "unused: the forward pass never calls it (in eval mode)"
     return None

@@ -10,6 +10,7 @@ from torch import nn
 from ..config import ConvertConfig, LayerConfig
 from ..errors import RedconvertError
 from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d, dynamic_layers
+from ..layers.conv import ADDED_ATTRIBUTES, ADDED_MODULES
 from .plan import make_plan
 
 __all__ = ["convert", "convert_layer", "revert"]
@@ -46,7 +47,7 @@ def convert(model: M, config: ConvertConfig | None = None, *, example_inputs: An
             )
         )
         raise RedconvertError(f"nothing to convert in {plan.model}: {why}")
-    target = model if inplace else _copied(model)
+    target = model if inplace else copied(model)
     modules = dict(target.named_modules())
     done: list[DynamicConv] = []
     try:
@@ -103,27 +104,14 @@ def revert(model: M) -> M:
     return model
 
 
-def _copied(model: M) -> M:
+def copied(model: M) -> M:
+    """A deep copy, or the error that says to convert in place."""
     try:
         return copy.deepcopy(model)
     except Exception as error:
         raise RedconvertError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): pass inplace=True"
         ) from error
-
-
-ADDED_MODULES = ("gate", "cheap_c", "cheap_t")
-ADDED_ATTRIBUTES = (
-    "config",
-    "candidates",
-    "num_frames",
-    "layer_name",
-    "feeds_norm",
-    "forced",
-    "enabled",
-    "observers",
-    *ADDED_MODULES,  # an absent cheap operation is a plain None
-)
 
 
 def _restore(layer: DynamicConv) -> None:

@@ -102,6 +102,11 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
     Raises:
         RedconvertError: the network's own forward pass fails on ``example_inputs``.
     """
+    with torch.random.fork_rng():  # a forward that draws numbers draws them while it is traced, too
+        return _trace(model, example_inputs)
+
+
+def _trace(model: nn.Module, example_inputs: Any) -> Trace:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin, fake = _twin(model, mode)
     names = {module: name for name, module in twin.named_modules() if isinstance(module, nn.Conv2d | nn.Conv3d)}
@@ -110,7 +115,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
         _read_graph(result, twin, "", _symbolic(twin), names)
         result.source = "fx"
     except Exception as error:
-        result.problem = f"{type(error).__name__}: {error}".split("\n")[0]
+        result.problem = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
         _read_parts(result, twin, "", names)
         if result.facts:
             result.source = "fx in parts"
@@ -128,8 +133,11 @@ def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, bool]:
         twin = copy.deepcopy(model, memo)
     except Exception:
         return model, False
-    for module in twin.modules():
-        module._forward_hooks.clear()  # the user's: they must not see this pass
+    for module in twin.modules():  # the user's hooks must not see this pass
+        module._forward_hooks.clear()
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if not type(hook).__module__.startswith("torch."):  # weight_norm and its kind compute the weight
+                del module._forward_pre_hooks[key]
     return twin.eval(), True
 
 
@@ -150,6 +158,8 @@ class _LayerTracer(fx.Tracer):
 
 
 def _symbolic(module: nn.Module) -> fx.Graph:
+    if isinstance(module, nn.Conv2d | nn.Conv3d):
+        raise TypeError("the network is a single convolution")  # fx would look inside it
     training = {child: child.training for child in module.modules()}
     attributes = {child: dict(vars(child)) for child in module.modules()}
     try:
@@ -266,8 +276,7 @@ def _run_real(model: nn.Module, example_inputs: Any) -> dict[str, list[tuple[Sha
     training = {module: module.training for module in model.modules()}
     inputs = copy.deepcopy(example_inputs)
     try:
-        with torch.random.fork_rng():
-            return _run(model.eval(), inputs)
+        return _run(model.eval(), inputs)
     except Exception as error:
         shapes = pytree.tree_map(lambda v: tuple(v.shape) if isinstance(v, Tensor) else v, example_inputs)
         reason = str(error).strip().split("\n")[0]

@@ -196,7 +196,9 @@ def load_clip(
     if fps is not None and not 0 < fps < math.inf:
         raise RedconvertError(f"load_clip: fps={fps}; it must be above 0, or None for the file's own frames.")
     total, rate = _length_and_rate(path)
-    stride = Fraction(1) if fps is None or rate is None else rate / Fraction(fps)  # of one frame at fps, in the file's
+    stride = Fraction(1)  # of one frame at fps, in the file's
+    if fps is not None and rate is not None:
+        stride = rate / (Fraction(fps).limit_denominator(10_000) or Fraction(fps))  # 29.97... is 30000/1001
     indices = _clip_indices(max(total, 1), stride, num_frames, step, position)
     frames, decoded = _decode(path, frozenset(indices), max(indices) + 1)
     if decoded <= max(indices):  # a packet is not always a frame; now the length is known

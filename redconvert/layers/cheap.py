@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..errors import RedconvertError
 from .candidates import Candidates
+from .routing import select
 
 __all__ = ["ChannelRebuild", "Depthwise", "FrameRebuild", "Pointwise", "Scale", "resolve_cheap"]
 
@@ -70,9 +71,8 @@ class Pointwise(CheapOp):
         # <W y, g> = <W, g y^T>: one product of small result instead of the operation's output.
         kept, gradient = kept.detach().flatten(2), gradient.detach().flatten(2)
         moments = torch.bmm(gradient, kept.transpose(1, 2))
-        return torch.einsum("dk,ndk->n", self.weight.to(kept.dtype), moments) + gradient.sum(2) @ self.bias.to(
-            kept.dtype
-        )
+        moments, sums = moments.to(self.weight.dtype), gradient.sum(2).to(self.weight.dtype)  # autocast: add in float32
+        return torch.einsum("dk,ndk->n", self.weight, moments) + sums @ self.bias
 
     def adjoint(self, gradient: Tensor, kept: Tensor) -> Tensor:
         return torch.matmul(self.weight.detach().to(gradient.dtype).T, gradient.flatten(2)).view_as(kept)
@@ -99,13 +99,13 @@ class Scale(_OneSource):
     def forward(self, kept: Tensor) -> Tensor:
         shape = (-1, *(1,) * (kept.dim() - 2))
         weight, bias = self.weight.to(kept.dtype).view(shape), self.bias.to(kept.dtype).view(shape)
-        return torch.addcmul(bias, kept.index_select(1, self.source), weight)
+        return torch.addcmul(bias, select(kept, 1, self.source), weight)
 
     def pairing(self, kept: Tensor, gradient: Tensor) -> Tensor:
         gradient = gradient.detach().flatten(2)
         source = kept.detach().flatten(2).index_select(1, self.source)
-        moments = torch.einsum("ndp,ndp->nd", source, gradient)
-        return moments @ self.weight.to(kept.dtype) + gradient.sum(2) @ self.bias.to(kept.dtype)
+        moments = torch.einsum("ndp,ndp->nd", source, gradient).to(self.weight.dtype)
+        return moments @ self.weight + gradient.sum(2).to(self.weight.dtype) @ self.bias
 
 
 class Depthwise(_OneSource):
@@ -116,7 +116,7 @@ class Depthwise(_OneSource):
         self.weight = nn.Parameter(torch.zeros(dropped, 1, 3, 3))
 
     def forward(self, kept: Tensor) -> Tensor:
-        source, weight, bias = kept.index_select(1, self.source), self.weight.to(kept.dtype), self.bias.to(kept.dtype)
+        source, weight, bias = select(kept, 1, self.source), self.weight.to(kept.dtype), self.bias.to(kept.dtype)
         if kept.dim() == 5:
             return F.conv3d(source, weight.unsqueeze(2), bias, padding=(0, 1, 1), groups=len(weight))
         return F.conv2d(source, weight, bias, padding=1, groups=len(weight))
@@ -175,11 +175,11 @@ class ChannelRebuild(nn.Module):
 
     def to_ranks(self, y: Tensor) -> Tensor:
         """All channels, from the layer's own order to rank order."""
-        return y if self.is_identity else y.index_select(1, self.order)
+        return y if self.is_identity else select(y, 1, self.order)
 
     def from_ranks(self, y: Tensor) -> Tensor:
         """All channels, from rank order to the layer's own."""
-        return y if self.is_identity else y.index_select(1, self.inverse)
+        return y if self.is_identity else select(y, 1, self.inverse)
 
     def op(self, index: int) -> CheapOp:
         """Phi_c of reduced candidate ``index``."""

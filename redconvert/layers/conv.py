@@ -18,11 +18,16 @@ from .gate import Gate, GateWeights, candidate_weights, largest_open
 from .geometry import check_input, output_size
 from .masked import CheckpointedMix, attach, pool, replace_value
 from .recipes import Recipe, recipe_of
-from .routing import FULL, Decision, decide, group_samples, route, sample_rows
+from .routing import FULL, Decision, decide, group_samples, route, sample_rows, select
 
 __all__ = ["DynamicConv", "DynamicConv2d", "DynamicConv3d", "Observation"]
 
 DEFAULT_GATE_FRAMES = 8  # where no example says how long clips are
+ADDED_MODULES = ("gate", "cheap_c", "cheap_t")
+ADDED_ATTRIBUTES = (  # all that make_dynamic and the modes set on a convolution
+    *("config", "candidates", "num_frames", "layer_name", "feeds_norm", "forced", "enabled", "observers"),
+    *ADDED_MODULES,  # an absent cheap operation is a plain None
+)
 SAMPLED_SIZE = 7  # the rebuild loss is an average: about this many rows and columns of a frame tell it
 
 
@@ -150,7 +155,7 @@ class DynamicConv(nn.Module):
             out = CheckpointedMix.apply(self, decisions, y, *weights, *self.cheap_parameters())
         else:
             groups = group_samples(decisions)
-            out = route(groups, lambda decision, n: self._sparse(input, weights, decision, n), input.device)
+            out = route(groups, lambda decision, n: self._sparse(input, weights, decision, n), input)
         for observer in self.observers:
             observer(self, Observation(input.shape, out.shape, weights, decisions))
         return out
@@ -192,7 +197,7 @@ class DynamicConv(nn.Module):
     def _sparse(self, x: Tensor, weights: GateWeights, decision: Decision, samples: Tensor | None) -> Tensor:
         """Compute only what ``decision`` asks for, for these samples (None: all)."""
         if samples is not None:
-            x = x.index_select(0, sample_rows(samples, self.frames_per_sample))
+            x = select(x, 0, sample_rows(samples, self.frames_per_sample))
             weights = GateWeights(*(w.index_select(0, samples) for w in weights))
         if decision == FULL:
             return self.dense_class.forward(self, x)
@@ -288,7 +293,7 @@ class DynamicConv(nn.Module):
                 x = x[:, : groups * per_group_in]
             else:
                 kept_groups = order[::per_group_out] // per_group_out
-                x = x.index_select(1, sample_rows(kept_groups, per_group_in))
+                x = select(x, 1, sample_rows(kept_groups, per_group_in))
         return self._partial(x, weight, bias, groups, self.candidates.strides[temporal])
 
     def _partial(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, frame_stride: int) -> Tensor:
@@ -372,6 +377,7 @@ class DynamicConv2d(DynamicConv, nn.Conv2d):
 
     def _partial(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, frame_stride: int) -> Tensor:
         if frame_stride > 1:
-            x = x.unflatten(0, (-1, self.num_frames or 1))[:, ::frame_stride].flatten(0, 1)
+            rows = torch.arange(x.shape[0], device=x.device).view(-1, self.frames_per_sample)
+            x = select(x, 0, rows[:, ::frame_stride].flatten())
         x, padding = self.recipe.pad(self, x)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)

@@ -159,7 +159,7 @@ class _Pullback:
         if self.dots is not None:
             return self.dots if cheap.is_identity else self.dots[:, cheap.order]
         rows = torch.matmul(y.flatten(2).unsqueeze(2), gradient.flatten(2).unsqueeze(3)).flatten(1)
-        return rows.unflatten(0, (-1, frames)).sum(1)
+        return rows.to(self.channel.dtype).unflatten(0, (-1, frames)).sum(1)
 
 
 def _only_full(weights: Tensor) -> bool:

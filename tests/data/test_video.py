@@ -158,23 +158,82 @@ def test_to_clip_normalises() -> None:
     assert clip[:, :, 0, 0].tolist() == [[0.0, 1.0], [-1.0, 1.0], [-4.0, 0.0]]
 
 
+def indices(clip: torch.Tensor) -> list[int]:
+    """Which of the grey video's frames a clip is made of."""
+    levels = (clip[0, :, 0, 0] * 127.5 + 127.5 - 20) / 16
+    return levels.round().int().tolist()
+
+
 def test_load_clip(video: Path) -> None:
-    clip = load_clip(video, num_frames=4, size=16)
+    clip = load_clip(video, num_frames=4, size=16, fps=None)
     assert clip.shape == (3, 4, 16, 16)
     expected = torch.tensor([grey(i) / 127.5 - 1 for i in (4, 5, 6, 7)])
     torch.testing.assert_close(clip, expected.view(1, 4, 1, 1).expand_as(clip))
 
 
 def test_load_clip_repeats_a_short_video(video: Path) -> None:
-    clip = load_clip(video, num_frames=30, size=8)
-    assert torch.equal(clip[:, 12:24], clip[:, :12])
+    assert indices(load_clip(video, num_frames=30, size=8, fps=None)) == [i % 12 for i in range(30)]
+    assert indices(load_clip(video, num_frames=9, size=8, fps=5)) == [0, 2, 4, 6, 8, 10, 0, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [  # ten frames per second in the file
+        ({"num_frames": 8}, [4, 4, 4, 5, 5, 6, 6, 6]),  # 25
+        ({"num_frames": 4, "fps": 5}, [2, 4, 6, 8]),
+        ({"num_frames": 4, "fps": 4}, [2, 4, 7, 9]),
+        ({"num_frames": 4, "fps": 4, "position": 0.0}, [0, 2, 5, 7]),
+        ({"num_frames": 4, "fps": 4, "position": 1.0}, [4, 6, 9, 11]),
+        ({"num_frames": 3, "fps": 20, "step": 4}, [3, 5, 7]),
+        ({"num_frames": 2, "fps": 10 / 3, "step": 2}, [2, 8]),
+    ],
+)
+def test_load_clip_resamples_in_time(video: Path, options: dict[str, Any], expected: list[int]) -> None:
+    assert indices(load_clip(video, size=8, **options)) == expected
+
+
+def test_load_clip_without_a_known_rate(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_module, "_length_and_rate", lambda path: (12, None))
+    assert indices(load_clip(video, num_frames=4, size=8)) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("counted", [15, 40])
+def test_load_clip_counts_again_where_packets_are_no_frames(
+    video: Path, monkeypatch: pytest.MonkeyPatch, counted: int
+) -> None:
+    monkeypatch.setattr(video_module, "_length_and_rate", lambda path: (counted, None))
+    assert indices(load_clip(video, num_frames=4, size=8, position=1.0)) == [8, 9, 10, 11]
+    assert indices(load_clip(video, num_frames=14, size=8)) == [*range(12), 0, 1]
+
+
+def test_load_clip_is_the_recipe_of_the_kinetics_weights(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = data_dir / "kinetics_clips" / "segway_3.mp4"  # 327 frames, 30000/1001 per second
+    real, kept = video_module._decode, []
+
+    def listening(*args: Any) -> Any:
+        frames, decoded = real(*args)
+        kept.append((sorted(frames), decoded))
+        return frames, decoded
+
+    monkeypatch.setattr(video_module, "_decode", listening)
+    assert load_clip(path, size=8).shape == (3, 64, 8, 8)
+    rate = 30000 / 1001
+    start = int(327 - 64 * rate / 25) // 2
+    # No other frame is held, and none is decoded behind the clip.
+    assert kept == [([start + int(i * rate / 25) for i in range(64)], start + int(63 * rate / 25) + 1)]
 
 
 @pytest.mark.parametrize("name", ["segway_1.mp4", "biking.mpg", "juggling_1.avi"])
 def test_load_clip_is_the_steps_one_by_one(data_dir: Path, name: str) -> None:
     path = data_dir / "kinetics_clips" / name
     expected = to_clip(sample_clip(read_video(path), 6, 2, 0.7), 28, short_side=32)
-    assert torch.equal(load_clip(path, 6, 28, step=2, position=0.7), expected)
+    assert torch.equal(load_clip(path, 6, 28, step=2, position=0.7, fps=None), expected)
+
+
+def test_load_clip_at_the_end_of_a_file_with_a_packet_too_many(data_dir: Path) -> None:
+    path = data_dir / "kinetics_clips" / "cartwheel.avi"
+    expected = to_clip(read_video(path)[-3:], 28, short_side=32)
+    assert torch.equal(load_clip(path, 3, 28, position=1.0, fps=None), expected)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -209,6 +268,14 @@ def test_refuses_a_video_without_frames(tmp_path: Path) -> None:
 def test_refuses_a_start_behind_the_end(video: Path) -> None:
     with pytest.raises(RedconvertError, match="has 12 frames, so none at start=12"):
         read_video(video, start=12)
+
+
+def test_load_clip_refuses_bad_numbers(video: Path) -> None:
+    for name, value in (("fps", 0), ("fps", -25.0), ("fps", float("nan")), ("fps", float("inf")), ("num_frames", 0)):
+        with pytest.raises(RedconvertError, match=f"load_clip: {name}="):
+            load_clip(video, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(RedconvertError, match="load_clip: step=0"):
+        load_clip(video, step=0)
 
 
 @pytest.mark.parametrize("options", [{"num_frames": 0}, {"start": -1}, {"step": 0}])

@@ -54,10 +54,10 @@ def test_names_the_action_in_real_clips(pretrained: I3DKinetics, data_dir: Path)
         for row in csv.DictReader((folder / "labels.csv").open()):
             logits = pretrained(load_clip(folder / row["file"])[None])
             right[row["file"]] = zoo.kinetics400_classes()[int(logits.argmax())] == row["label"]
-    # The middle of segway_2 shows a segway being lifted into a car, that of segway_3 two far-away riders and a runner;
-    # the original implementation gives the same two wrong answers.
-    assert {name for name, ok in right.items() if not ok} <= {"segway_2.mp4", "segway_3.mp4"}
+    # The middle of segway_2 shows a segway being lifted into a car. segway_3, two far-away riders and a runner, is
+    # right only with DeepMind's recipe as a whole: 25 frames per second and a short side of 256.
     assert len(right) == 9
+    assert {name for name, ok in right.items() if not ok} <= {"segway_2.mp4"}
 
 
 def test_other_number_of_classes_keeps_the_body(pretrained: I3DKinetics) -> None:
