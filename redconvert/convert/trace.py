@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,7 +103,8 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
     Raises:
         RedconvertError: the network's own forward pass fails on ``example_inputs``.
     """
-    with torch.random.fork_rng():  # a forward that draws numbers draws them while it is traced, too
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):  # a forward that draws numbers draws them while it is traced, too
         return _trace(model, example_inputs)
 
 
@@ -160,15 +162,29 @@ class _LayerTracer(fx.Tracer):
 def _symbolic(module: nn.Module) -> fx.Graph:
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         raise TypeError("the network is a single convolution")  # fx would look inside it
-    training = {child: child.training for child in module.modules()}
-    attributes = {child: dict(vars(child)) for child in module.modules()}
-    try:
+    with _untouched(module):  # a forward that stores what it computes stores proxies
         return _LayerTracer().trace(module)
-    finally:  # a forward that stores what it computes has stored proxies
-        for child, before in attributes.items():
-            vars(child).clear()
-            vars(child).update(before)
-            child.training = training[child]
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward pass leaves on modules: attributes, what lists and dicts hold, buffers, train flags."""
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    held = [value for values in attributes.values() for value in values.values() if isinstance(value, list | dict)]
+    containers = [(value, copy.copy(value)) for value in held]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, values in attributes.items():
+            vars(module).clear()
+            vars(module).update(values)
+        for container, content in containers:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def _read_parts(result: Trace, module: nn.Module, prefix: str, names: dict[Any, str]) -> None:
@@ -273,10 +289,10 @@ def _read_forward(
 
 
 def _run_real(model: nn.Module, example_inputs: Any) -> dict[str, list[tuple[Shape, Shape]]]:
-    training = {module: module.training for module in model.modules()}
     inputs = copy.deepcopy(example_inputs)
     try:
-        return _run(model.eval(), inputs)
+        with _untouched(model):
+            return _run(model.eval(), inputs)
     except Exception as error:
         shapes = pytree.tree_map(lambda v: tuple(v.shape) if isinstance(v, Tensor) else v, example_inputs)
         reason = str(error).strip().split("\n")[0]
@@ -284,9 +300,6 @@ def _run_real(model: nn.Module, example_inputs: Any) -> dict[str, list[tuple[Sha
             f"{type(model).__name__} does not run on example_inputs {shapes}: {type(error).__name__}: {reason}. "
             f"Pass what the model takes: a tensor, a tuple of positional or a dict of keyword arguments"
         ) from error
-    finally:
-        for module, flag in training.items():
-            module.training = flag
 
 
 @torch.no_grad()

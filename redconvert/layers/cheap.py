@@ -138,15 +138,17 @@ class ChannelRebuild(nn.Module):
     Args:
         candidates: the layer's candidates.
         kinds: one of ``"pointwise"``, ``"depthwise"``, ``"scale"`` for each candidate but the first.
+        groups: the convolution's; an order keeps the channels of a group together.
     """
 
     order: Tensor
     inverse: Tensor
 
-    def __init__(self, candidates: Candidates, kinds: Sequence[str]) -> None:
+    def __init__(self, candidates: Candidates, kinds: Sequence[str], groups: int = 1) -> None:
         super().__init__()
         self.channels = candidates.channels
         self.kinds = tuple(kinds)
+        self.groups = groups
         total = self.channels[0]
         self.ops = nn.ModuleList(
             KINDS[kind](kept, total - kept) for kind, kept in zip(kinds, self.channels[1:], strict=True)
@@ -163,6 +165,10 @@ class ChannelRebuild(nn.Module):
         identity = torch.arange(len(self.order), device=order.device)
         if order.shape != self.order.shape or not torch.equal(order.sort().values, identity):
             raise RedconvertError(f"a channel order must be a permutation of 0 to {len(self.order) - 1}")
+        size = len(order) // self.groups
+        group = (order // size).view(-1, size)
+        if self.groups > 1 and not (group == group[:, :1]).all():
+            raise RedconvertError(f"a channel order must keep each of the {self.groups} groups of {size} together")
         self.order.copy_(order)
         self.inverse.copy_(order.argsort())
         self.is_identity = bool(torch.equal(order, identity))

@@ -97,7 +97,7 @@ class DynamicConv(nn.Module):
         if len(self.candidates.channels) > 1:
             per_output = self.weight[0].numel()
             kinds = [resolve_cheap(config.cheap, kept, per_output) for kept in self.candidates.channels[1:]]
-            self.cheap_c = ChannelRebuild(self.candidates, kinds).to(self.weight.device)
+            self.cheap_c = ChannelRebuild(self.candidates, kinds, self.groups).to(self.weight.device)
             if not self.weight.is_meta:
                 self.cheap_c.start_from_weights(self.recipe.weight(self).detach(), self.bias, self.groups)
         if len(self.candidates.strides) > 1:
@@ -320,7 +320,7 @@ class DynamicConv3d(DynamicConv, nn.Conv3d):
     ``(N, C_in, T, H, W) -> (N, C_out, T_o, H_o, W_o)``, like `torch.nn.Conv3d`, whose arguments come first.
     Candidate (i, j) convolves ``k_i`` channels at every ``2^j``-th frame, rebuilds the other channels with
     Phi_c and the other frames with Phi_t; the gate's weights choose (``gate="hard"``) or mix
-    (``gate="soft"``) them: ``out = sum_ij w_c,i w_t,j E_j(Phi_i(conv(x)))``. At birth the full candidate
+    (``gate="soft"``) them: ``out = sum_j w_t,j E_j(sum_i w_c,i Phi_i(conv(x)))``. At birth the full candidate
     has weight 1, and the layer equals the Conv3d to the bit.
 
     Args:

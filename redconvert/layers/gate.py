@@ -55,14 +55,13 @@ class Gate(nn.Module):
         features = in_channels * num_frames
         sizes = [size for size in (num_temporal, num_channel) if size > 1]
         with torch.random.fork_rng(devices=[]):  # nn.Linear draws from the global generator
-            self.fc1 = nn.Linear(features, hidden)
+            self.fc1 = nn.Linear(features, hidden, bias=False)  # the norm would remove it
             self.fc2 = nn.Linear(hidden, sum(sizes), bias=False)  # beta is its bias
         self.norm = nn.BatchNorm1d(hidden)
         self.beta = nn.Parameter(torch.cat([torch.tensor([1.0] + [-1.0] * (size - 1)) for size in sizes]) * BIRTH_BETA)
         bound = features**-0.5
         with torch.no_grad():
             self.fc1.weight.uniform_(-bound, bound, generator=generator)
-            self.fc1.bias.uniform_(-bound, bound, generator=generator)
             self.fc2.weight.uniform_(-1, 1, generator=generator)
             self.fc2.weight.mul_(BIRTH_NORM / self.fc2.weight.abs().sum(dim=1, keepdim=True))
 

@@ -73,7 +73,7 @@ def test_at_birth_everything_runs_and_the_gates_are_counted():
     assert result.executed_macs == DENSE_A + GATE_A + DENSE_B + GATE_B + HEAD
     assert (result.samples, result.batches, result.timed_batches) == (2, 1, 0)
     assert a.parameters == 8 * 3 * 27 + 8
-    gate = 3 * 4 * 4 + 4 + 2 * 4 + 4 * 4 + 4  # FC1, norm, FC2, beta
+    gate = 3 * 4 * 4 + 2 * 4 + 4 * 4 + 4  # FC1, norm, FC2, beta
     assert a.added_parameters == gate + (4 * 4 + 4) + (2 * 8 + 8)  # Phi_c, Phi_t
     assert result.parameters == a.parameters + (6 * 8 * 9 + 6) + 2 * 8 + (6 * 5 + 5)
     assert result.parameters + result.added_parameters == sum(p.numel() for p in model.parameters())
