@@ -1,5 +1,6 @@
 """redconvert: turn a pretrained video or image network into one that decides, per input, how much to compute."""
 
+from .calibrate import Calibration, calibrate
 from .checkpoint import from_pretrained, load_weights, save_pretrained
 from .config import ConvertConfig, LayerConfig
 from .convert import Plan, convert, revert
@@ -11,6 +12,7 @@ from .layers import DynamicConv2d, DynamicConv3d, Recipe, disabled, forced, obse
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "ConvertConfig",
     "DynamicConv2d",
     "DynamicConv3d",
@@ -20,6 +22,7 @@ __all__ = [
     "RedconvertError",
     "Report",
     "__version__",
+    "calibrate",
     "convert",
     "disabled",
     "forced",

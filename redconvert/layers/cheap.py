@@ -78,7 +78,7 @@ class Pointwise(CheapOp):
         return torch.matmul(self.weight.detach().to(gradient.dtype).T, gradient.flatten(2)).view_as(kept)
 
 
-class _OneSource(CheapOp):
+class OneSource(CheapOp):
     """Operations that read one kept channel for each dropped one: ``source (D)`` holds its index."""
 
     source: Tensor
@@ -89,7 +89,7 @@ class _OneSource(CheapOp):
         self.bias = nn.Parameter(torch.zeros(dropped))
 
 
-class Scale(_OneSource):
+class Scale(OneSource):
     """``weight[d] * kept[source[d]] + bias[d]``, ``weight (D)``."""
 
     def __init__(self, kept: int, dropped: int) -> None:
@@ -108,7 +108,7 @@ class Scale(_OneSource):
         return moments @ self.weight + gradient.sum(2).to(self.weight.dtype) @ self.bias
 
 
-class Depthwise(_OneSource):
+class Depthwise(OneSource):
     """The paper's figure: a 3x3 convolution in H and W on one source channel each, ``weight (D, 1, 3, 3)``."""
 
     def __init__(self, kept: int, dropped: int) -> None:

@@ -262,10 +262,12 @@ class DynamicConv(nn.Module):
         terms = []
         scale = y.detach().var() + torch.finfo(y.dtype).tiny
         if self.cheap_c is not None:
-            ranks = self.cheap_c.to_ranks(y)
+            # The frames that every temporal candidate computes: larger search spaces then cost no more.
+            sampled = self.as_clips(y, self.frames_per_sample)[:, :, :: self.candidates.strides[-1]]
+            ranks = self.cheap_c.to_ranks(self.from_clips(sampled))
             for i, kept in enumerate(self.candidates.channels[1:], start=1):
                 error = (self.cheap_c.rebuild(i, ranks) - ranks[:, kept:]).square().flatten(1).mean(1)
-                closed = (weights.channel[:, i] == 0).repeat_interleave(self.frames_per_sample)
+                closed = (weights.channel[:, i] == 0).repeat_interleave(len(ranks) // len(weights.channel))
                 terms.append((error * closed).mean())
         if self.cheap_t is not None:
             z = self.as_clips(y, self.frames_per_sample)

@@ -1,0 +1,91 @@
+"""What calibration alone gives: ResNet-56 with every 3x3 convolution at half of its channels, no training.
+
+    python benchmarks/calibration.py --data FOLDER       # see benchmarks/cifar.py for what the folder holds
+
+Each row converts the same pretrained network, calibrates on the same training images, forces every layer to
+its half and counts right answers on the test set. JSON is written after every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from cifar import accuracy, images, resnet56
+
+import redconvert
+
+# name: (cheap operation, calibration images, rounds; None: not calibrated)
+ROWS = {
+    "first half, depthwise (not calibrated)": ("depthwise", 0, None),
+    "first half, pointwise (not calibrated)": ("pointwise", 0, None),
+    "greedy, scale, one pass": ("scale", 1000, 0),
+    "greedy, depthwise, one pass": ("depthwise", 1000, 0),
+    "greedy, pointwise, one pass": ("pointwise", 1000, 0),
+    "greedy, pointwise, 1 round": ("pointwise", 1000, 1),
+    "greedy, pointwise, 2 rounds": ("pointwise", 1000, 2),
+    "greedy, pointwise, 3 rounds": ("pointwise", 1000, 3),
+    "greedy, pointwise, 3 rounds, 300 images": ("pointwise", 300, 3),
+    "greedy, pointwise, 3 rounds, 100 images": ("pointwise", 100, 3),
+    "greedy, auto, 3 rounds": ("auto", 1000, 3),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration.json")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(arguments.seed)
+    model = resnet56(arguments.data)
+    train, _ = images(arguments.data, "train")
+    chosen = torch.randperm(len(train))
+    test, labels = (tensor[: arguments.test_images] for tensor in images(arguments.data, "test"))
+    result = {
+        "what": "ResNet-56, CIFAR-10, every 3x3 convolution at half of its channels, no training",
+        "test_images": len(test),
+        "dense_accuracy": accuracy(model, test, labels),
+        "dense_pass_s": _dense_pass(model, train[chosen[:1000]]),
+        "rows": {},
+        "torch": torch.__version__,
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "seed": arguments.seed,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for name, (cheap, count, rounds) in ROWS.items():
+        config = redconvert.ConvertConfig(rules=[("*shortcut*", None), ("*", {"cheap": cheap, "temporal": False})])
+        dynamic = redconvert.convert(model, config, example_inputs=test[:1])
+        row: dict[str, float] = {}
+        if rounds is not None:
+            batches = list(train[chosen[:count]].split(100))
+            row["calibration_s"] = round(redconvert.calibrate(dynamic, batches, rounds=rounds).seconds, 1)
+        with redconvert.forced(dynamic, channel=1):
+            row["accuracy"] = accuracy(dynamic, test, labels)
+            macs = redconvert.report(dynamic, test[:1], time=False)
+        row["share_of_dense_macs"] = round(macs.executed_macs / macs.dense_macs, 4)
+        result["rows"][name] = row
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{name:<45} {row['accuracy']:.2%} at {row['share_of_dense_macs']:.1%} of the MACs", flush=True)
+
+
+def _dense_pass(model: torch.nn.Module, pixels: torch.Tensor) -> float:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with torch.no_grad():
+            for x in pixels.split(100):
+                model(x)
+        seconds.append(time.perf_counter() - start)
+    return round(sorted(seconds)[1], 2)
+
+
+if __name__ == "__main__":
+    main()

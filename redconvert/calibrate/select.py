@@ -1,0 +1,76 @@
+"""Which channels to compute: the order in which each next channel explains most of what is left."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["greedy_order", "greedy_sources"]
+
+
+def greedy_order(covariance: Tensor, weights: Tensor, groups: int = 1, steps: int | None = None) -> Tensor:
+    """Pivoted Cholesky on ``diag(sqrt w) covariance diag(sqrt w)``, whole groups of channels at a time.
+
+    Each step takes the group whose channels explain most of the weighted variance that the channels
+    before leave unexplained, as linear regression sees it: for channel c with residual covariance R, that is
+    ``sum_d w_d R_dc^2 / R_cc``, and for a group the sum over its channels.
+
+    Args:
+        covariance: of the channels, ``(C, C)``.
+        weights: importance of each channel, ``(C)``.
+        groups: the convolution's; channels of a group are taken together.
+        steps: how many groups are chosen greedily; the others follow by index.
+
+    Returns:
+        A permutation of the channels, ``(C)``, best first.
+    """
+    channels = len(covariance)
+    scale = weights.clamp_min(0).sqrt()
+    residual = covariance * torch.outer(scale, scale)
+    size = channels // groups if groups > 1 else 1
+    units = channels // size
+    floor = 1e-9 * residual.diagonal().mean().clamp_min(torch.finfo(residual.dtype).tiny)
+    chosen = torch.zeros(units, dtype=torch.bool, device=covariance.device)
+    order: list[int] = []
+    for _ in range(min(steps or units, units)):
+        variance = residual.diagonal()
+        gain = residual.square().sum(0) / variance.clamp_min(floor)
+        gain = torch.where(variance > floor, gain, torch.zeros_like(gain)).view(units, size).sum(1)
+        unit = int(torch.where(chosen, -1.0, gain).argmax())
+        chosen[unit] = True
+        order.append(unit)
+        for channel in range(unit * size, (unit + 1) * size):
+            pivot = residual[channel, channel]
+            if pivot > floor:
+                residual = residual - torch.outer(residual[channel], residual[channel]) / pivot
+    order += [unit for unit in range(units) if not chosen[unit]]
+    first = torch.tensor(order, device=covariance.device) * size
+    return (first[:, None] + torch.arange(size, device=covariance.device)).flatten()
+
+
+def greedy_sources(covariance: Tensor, weights: Tensor, groups: int = 1, steps: int | None = None) -> Tensor:
+    """The order where each dropped channel is rebuilt from its single best kept one (``cheap="scale"``).
+
+    Each step takes the group that raises ``sum_d w_d max_s cov_ds^2 / var_s`` over the chosen s most.
+    Arguments and result are those of `greedy_order`.
+    """
+    channels = len(covariance)
+    size = channels // groups if groups > 1 else 1
+    units = channels // size
+    variance = covariance.diagonal()
+    floor = 1e-9 * variance.mean().clamp_min(torch.finfo(variance.dtype).tiny)
+    explained = weights[:, None] * covariance.square() / variance.clamp_min(floor)  # of row d by column s
+    explained = torch.where(variance > floor, explained, torch.zeros_like(explained))
+    by_unit = explained.view(channels, units, size).amax(2)
+    best = torch.zeros(channels, dtype=covariance.dtype, device=covariance.device)
+    chosen = torch.zeros(units, dtype=torch.bool, device=covariance.device)
+    order: list[int] = []
+    for _ in range(min(steps or units, units)):
+        gain = (by_unit - best[:, None]).clamp_min(0).sum(0)
+        unit = int(torch.where(chosen, -1.0, gain).argmax())
+        chosen[unit] = True
+        order.append(unit)
+        best = torch.maximum(best, by_unit[:, unit])
+    order += [unit for unit in range(units) if not chosen[unit]]
+    first = torch.tensor(order, device=covariance.device) * size
+    return (first[:, None] + torch.arange(size, device=covariance.device)).flatten()

@@ -1,0 +1,79 @@
+"""Least squares for the cheap operations, from moments alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layers.cheap import CheapOp, Depthwise, FrameRebuild, OneSource, Pointwise
+from .statistics import ChannelMoments, FrameMoments
+
+__all__ = ["solve_channels", "solve_frames"]
+
+
+@torch.no_grad()
+def solve_channels(op: CheapOp, moments: ChannelMoments, ridge: float) -> Tensor:
+    """Set Phi_c to the ridge regression of the dropped channels on the kept ones.
+
+    Pointwise: ``W = S_dk (S_kk + ridge * mean(diag S_kk) I)^-1`` and ``b = mean_d - W mean_k``. With one source
+    per dropped channel: the kept channel that explains most of it; depthwise starts with its centre tap.
+
+    Args:
+        op: what rebuilds the D dropped channels from the k kept ones.
+        moments: predictors are the kept channels, targets the dropped ones.
+        ridge: strength, relative to the mean variance of the predictors.
+
+    Returns:
+        The unexplained variance of each dropped channel, ``(D)``.
+    """
+    within, across = moments.covariance, moments.cross_covariance
+    mean_x, mean_y, variance = moments.sum_x / moments.count, moments.sum_y / moments.count, moments.target_variance
+    tiny = torch.finfo(within.dtype).tiny
+    if isinstance(op, Pointwise):
+        damping = ridge * within.diagonal().mean() + tiny
+        solution = torch.linalg.solve(within + damping * torch.eye(len(within), device=within.device), across.T).T
+        error = variance - 2 * (solution * across).sum(1) + ((solution @ within) * solution).sum(1)
+        op.weight.copy_(solution)
+        op.bias.copy_(mean_y - solution @ mean_x)
+        return error.clamp_min(0)
+    assert isinstance(op, OneSource)
+    source_variance = within.diagonal().clamp_min(tiny)
+    best = (across.square() / source_variance).max(1)
+    scale = across.gather(1, best.indices[:, None]).squeeze(1) / source_variance[best.indices]
+    op.source.copy_(best.indices)
+    if isinstance(op, Depthwise):
+        op.weight.zero_()
+        op.weight[:, 0, 1, 1] = scale.to(op.weight.dtype)
+    else:
+        op.weight.copy_(scale)
+    op.bias.copy_(mean_y - scale * mean_x[best.indices])
+    return (variance - best.values).clamp_min(0)
+
+
+@torch.no_grad()
+def solve_frames(cheap: FrameRebuild, index: int, moments: FrameMoments, ridge: float) -> Tensor:
+    """Per channel and offset, regress a skipped frame on the computed frames on both sides and a constant.
+
+    The ridge pulls towards the copy of the frame before, which is what the operation is without data.
+
+    Args:
+        cheap: the layer's Phi_t, of which temporal candidate ``index`` is set.
+        index: of the candidate.
+        moments: of its stride.
+        ridge: strength, relative to the mean variance of the two frames.
+
+    Returns:
+        Unexplained and total variance of the skipped frames, ``(2, R - 1, C)``.
+    """
+    m = moments.moments
+    mean = m[..., 0, 1:] / m[..., 0, 0, None].clamp_min(1)
+    covariance = m[..., 1:, 1:] / m[..., 0, 0, None, None].clamp_min(1) - mean[..., :, None] * mean[..., None, :]
+    within, across, variance = covariance[..., :2, :2], covariance[..., 2, :2], covariance[..., 2, 2]
+    damping = ridge * within.diagonal(dim1=-2, dim2=-1).mean(-1) + 1e-12
+    copy = torch.tensor([1.0, 0.0], dtype=m.dtype, device=m.device)
+    eye = torch.eye(2, dtype=m.dtype, device=m.device)
+    solution = torch.linalg.solve(within + damping[..., None, None] * eye, across + damping[..., None] * copy)
+    error = variance - 2 * (solution * across).sum(-1) + ((within @ solution[..., None])[..., 0] * solution).sum(-1)
+    cheap.weights[index - 1].copy_(solution.transpose(1, 2))
+    cheap.biases[index - 1].copy_(mean[..., 2] - (solution * mean[..., :2]).sum(-1))
+    return torch.stack([error.clamp_min(0), variance.clamp_min(0)])
