@@ -164,8 +164,8 @@ def test_closed_gates_open_again(training):
         assert w[:, 1].gt(0).all()
         gradient = torch.autograd.grad(w[:, 0].sum(), layer.gate.beta, retain_graph=True)[0]
         assert gradient.abs().max() > 0.1
-    optimizer = torch.optim.SGD(layer.gate.parameters(), lr=1.0)
-    for _ in range(20):
+    optimizer = torch.optim.SGD(layer.gate.parameters(), lr=0.2)
+    for _ in range(100):
         seen.clear()
         layer(x)
         optimizer.zero_grad()
