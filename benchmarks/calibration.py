@@ -9,12 +9,12 @@ its half and counts right answers on the test set. JSON is written after every r
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 from cifar import accuracy, images, resnet56
+from common import RESULTS, environment, write
 
 import redconvert
 
@@ -23,12 +23,9 @@ ROWS = {
     "first half, depthwise (not calibrated)": ("depthwise", 0, None),
     "first half, pointwise (not calibrated)": ("pointwise", 0, None),
     "greedy, scale, one pass": ("scale", 1000, 0),
-    "greedy, depthwise, one pass": ("depthwise", 1000, 0),
     "greedy, pointwise, one pass": ("pointwise", 1000, 0),
     "greedy, pointwise, 1 round": ("pointwise", 1000, 1),
-    "greedy, pointwise, 2 rounds": ("pointwise", 1000, 2),
     "greedy, pointwise, 3 rounds": ("pointwise", 1000, 3),
-    "greedy, pointwise, 3 rounds, 300 images": ("pointwise", 300, 3),
     "greedy, pointwise, 3 rounds, 100 images": ("pointwise", 100, 3),
     "greedy, auto, 3 rounds": ("auto", 1000, 3),
 }
@@ -39,7 +36,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "calibration.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "calibration.json")
     arguments = parser.parse_args()
 
     torch.manual_seed(arguments.seed)
@@ -53,13 +50,8 @@ def main() -> None:
         "dense_accuracy": accuracy(model, test, labels),
         "dense_pass_s": _dense_pass(model, train[chosen[:1000]]),
         "rows": {},
-        "torch": torch.__version__,
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "seed": arguments.seed,
-        "date": time.strftime("%Y-%m-%d"),
+        **environment(arguments.seed),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for name, (cheap, count, rounds) in ROWS.items():
         config = redconvert.ConvertConfig(rules=[("*shortcut*", None), ("*", {"cheap": cheap, "temporal": False})])
         dynamic = redconvert.convert(model, config, example_inputs=test[:1])
@@ -72,7 +64,7 @@ def main() -> None:
             macs = redconvert.report(dynamic, test[:1], time=False)
         row["share_of_dense_macs"] = round(macs.executed_macs / macs.dense_macs, 4)
         result["rows"][name] = row
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        write(result, arguments.out)
         print(f"{name:<45} {row['accuracy']:.2%} at {row['share_of_dense_macs']:.1%} of the MACs", flush=True)
 
 

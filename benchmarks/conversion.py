@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from common import RESULTS, environment, write
 
 import redconvert
 from redconvert.sources import open_source, tensors_of
@@ -30,7 +31,7 @@ NETWORKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "conversion.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "conversion.json")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = {}
@@ -48,14 +49,9 @@ def main() -> None:
     result = {
         "what": "redconvert.convert(model, example_inputs=...), tracing included",
         "rows": rows,
-        "torch": torch.__version__,
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "seed": 0,
-        "date": time.strftime("%Y-%m-%d"),
+        **environment(seed=0),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(result, arguments.out)
     print(json.dumps(result, indent=2))
 
 

@@ -117,7 +117,7 @@ def main() -> None:
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
 
-    import torch
+    from common import environment, write
 
     own = [sys.executable, __file__, "--batch", str(arguments.batch), "--frames", str(arguments.frames)]
     own += ["--size", str(arguments.size), "--seed", str(arguments.seed)]
@@ -152,14 +152,9 @@ def main() -> None:
             }
             for kind in ("birth", "mixed")
         },
-        "torch": torch.__version__,
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "seed": arguments.seed,
-        "date": time.strftime("%Y-%m-%d"),
+        **environment(arguments.seed),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(result, arguments.out)
     print(json.dumps(result, indent=2))
 
 

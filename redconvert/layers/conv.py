@@ -28,7 +28,7 @@ ADDED_ATTRIBUTES = (  # all that make_dynamic and the modes set on a convolution
     *("config", "candidates", "num_frames", "layer_name", "feeds_norm", "forced", "enabled", "observers"),
     *ADDED_MODULES,  # an absent cheap operation is a plain None
 )
-SAMPLED_SIZE = 7  # the rebuild loss is an average: about this many rows and columns of a frame tell it
+SAMPLED_SIZE = 4  # the rebuild loss is an average: about this many rows and columns of a frame tell it
 
 
 class Observation(NamedTuple):

@@ -1,0 +1,29 @@
+"""What every benchmark writes beside its figures, and where."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Versions, device, seed and date of this run."""
+    return {
+        "torch": torch.__version__,
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """As JSON; the folder is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
