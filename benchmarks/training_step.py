@@ -6,7 +6,7 @@
 R(2+1)D-18 on random clips, SGD with momentum. Time: all networks in turn in one process (A B C A B C ...),
 medians. Memory: a process per network and state, its peak resident size over what it held before the
 first step. "birth" is right after conversion, where every gate is open; "mixed" draws each sample's decision
-at random in every layer, which is the most that training ever computes and keeps.
+at random in every layer.
 """
 
 from __future__ import annotations
