@@ -261,15 +261,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
     model.load_state_dict({key: found.get(plain[key], value) for key, value in own.items()})
     if dense:
         for layer in set(layers.values()):
-            _start_cheap(layer)
-
-
-@torch.no_grad()
-def _start_cheap(layer: DynamicConv) -> None:
-    """Rebuild coefficients belong to the weights they were made for: begin again."""
-    weight = layer.recipe.weight(layer)
-    if layer.cheap_c is not None and torch.isfinite(weight).all():  # nothing can be solved with NaN
-        layer.cheap_c.start_from_weights(weight, layer.bias, layer.groups)
+            layer.start_cheap()  # rebuild coefficients belong to the weights they were made for
 
 
 def check_fit(

@@ -43,9 +43,7 @@ def greedy_order(covariance: Tensor, weights: Tensor, groups: int = 1, steps: in
             pivot = residual[channel, channel]
             if pivot > floor:
                 residual = residual - torch.outer(residual[channel], residual[channel]) / pivot
-    order += [unit for unit in range(units) if not chosen[unit]]
-    first = torch.tensor(order, device=covariance.device) * size
-    return (first[:, None] + torch.arange(size, device=covariance.device)).flatten()
+    return _channels_of(order, size, units, covariance.device)
 
 
 def greedy_sources(covariance: Tensor, weights: Tensor, groups: int = 1, steps: int | None = None) -> Tensor:
@@ -71,6 +69,11 @@ def greedy_sources(covariance: Tensor, weights: Tensor, groups: int = 1, steps: 
         chosen[unit] = True
         order.append(unit)
         best = torch.maximum(best, by_unit[:, unit])
-    order += [unit for unit in range(units) if not chosen[unit]]
-    first = torch.tensor(order, device=covariance.device) * size
-    return (first[:, None] + torch.arange(size, device=covariance.device)).flatten()
+    return _channels_of(order, size, units, covariance.device)
+
+
+def _channels_of(order: list[int], size: int, units: int, device: torch.device) -> Tensor:
+    """The channels of the chosen groups, then those of the others by index."""
+    others = sorted(set(range(units)) - set(order))
+    first = torch.tensor(order + others, device=device) * size
+    return (first[:, None] + torch.arange(size, device=device)).flatten()

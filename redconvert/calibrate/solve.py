@@ -5,18 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layers.cheap import CheapOp, Depthwise, FrameRebuild, OneSource, Pointwise
+from ..layers.cheap import CheapOp, FrameRebuild
 from .statistics import ChannelMoments, FrameMoments
 
 __all__ = ["solve_channels", "solve_frames"]
 
 
-@torch.no_grad()
 def solve_channels(op: CheapOp, moments: ChannelMoments, ridge: float) -> Tensor:
-    """Set Phi_c to the ridge regression of the dropped channels on the kept ones.
-
-    Pointwise: ``W = S_dk (S_kk + ridge * mean(diag S_kk) I)^-1`` and ``b = mean_d - W mean_k``. With one source
-    per dropped channel: the kept channel that explains most of it; depthwise starts with its centre tap.
+    """Set Phi_c to the regression of the dropped channels on the kept ones; see `CheapOp.fit`.
 
     Args:
         op: what rebuilds the D dropped channels from the k kept ones.
@@ -27,27 +23,9 @@ def solve_channels(op: CheapOp, moments: ChannelMoments, ridge: float) -> Tensor
         The unexplained variance of each dropped channel, ``(D)``.
     """
     within, across = moments.covariance, moments.cross_covariance
-    mean_x, mean_y, variance = moments.sum_x / moments.count, moments.sum_y / moments.count, moments.target_variance
-    tiny = torch.finfo(within.dtype).tiny
-    if isinstance(op, Pointwise):
-        damping = ridge * within.diagonal().mean() + tiny
-        solution = torch.linalg.solve(within + damping * torch.eye(len(within), device=within.device), across.T).T
-        error = variance - 2 * (solution * across).sum(1) + ((solution @ within) * solution).sum(1)
-        op.weight.copy_(solution)
-        op.bias.copy_(mean_y - solution @ mean_x)
-        return error.clamp_min(0)
-    assert isinstance(op, OneSource)
-    source_variance = within.diagonal().clamp_min(tiny)
-    best = (across.square() / source_variance).max(1)
-    scale = across.gather(1, best.indices[:, None]).squeeze(1) / source_variance[best.indices]
-    op.source.copy_(best.indices)
-    if isinstance(op, Depthwise):
-        op.weight.zero_()
-        op.weight[:, 0, 1, 1] = scale.to(op.weight.dtype)
-    else:
-        op.weight.copy_(scale)
-    op.bias.copy_(mean_y - scale * mean_x[best.indices])
-    return (variance - best.values).clamp_min(0)
+    coefficients = op.fit(within, across, moments.sum_x / moments.count, moments.sum_y / moments.count, ridge)
+    explained = 2 * (coefficients * across).sum(1) - ((coefficients @ within) * coefficients).sum(1)
+    return (moments.target_variance - explained).clamp_min(0)
 
 
 @torch.no_grad()

@@ -80,7 +80,6 @@ def convert_layer(
     feeds_norm: bool = False,
 ) -> DynamicConv:
     """Turn one Conv2d or Conv3d dynamic in place; it stays the same object with the same parameters."""
-    before = type(conv), dict(vars(conv)), dict(conv._modules)
     conv.__class__ = _dynamic_class(type(conv))
     assert isinstance(conv, DynamicConv)
     try:
@@ -88,11 +87,7 @@ def convert_layer(
         if feeds_norm:
             conv.feeds_norm = True
     except BaseException:
-        conv.__class__ = before[0]  # type: ignore[assignment]
-        vars(conv).clear()
-        vars(conv).update(before[1])
-        conv._modules.clear()
-        conv._modules.update(before[2])
+        _restore(conv)
         raise
     return conv
 
@@ -146,7 +141,7 @@ def _dynamic_class(dense: Any) -> type[DynamicConv]:
 
 def _reduce(self: Any) -> tuple:
     """Pickle and copy by way of the dense class: the dynamic one has no name to import it by."""
-    return _empty, (self.dense_class,), self.__getstate__() if hasattr(self, "__getstate__") else vars(self)
+    return _empty, (self.dense_class,), self.__getstate__()
 
 
 def _empty(dense: type) -> nn.Module:

@@ -53,6 +53,19 @@ class CheapOp(nn.Module):
             point = kept.detach().requires_grad_()
             return torch.autograd.grad(self(point), point, gradient)[0]
 
+    def fit(self, within: Tensor, across: Tensor, mean_x: Tensor, mean_y: Tensor, ridge: float) -> Tensor:
+        """Set weight and bias to the regression of the dropped channels y on the kept ones x.
+
+        Args:
+            within: covariance of x, ``(k, k)``; across: of y with x, ``(D, k)``.
+            mean_x, mean_y: ``(k)`` and ``(D)``.
+            ridge: strength, relative to the mean variance of x; one source alone needs none.
+
+        Returns:
+            The coefficients, ``(D, k)``: ``y ~ mean_y + coefficients (x - mean_x)``.
+        """
+        raise TypeError("use Pointwise, Scale or Depthwise")
+
 
 class Pointwise(CheapOp):
     """A 1x1 convolution, ``(N, k, ...) -> (N, D, ...)``: ``weight (D, k)``, ``bias (D)``."""
@@ -74,6 +87,16 @@ class Pointwise(CheapOp):
         moments, sums = moments.to(self.weight.dtype), gradient.sum(2).to(self.weight.dtype)  # autocast: add in float32
         return torch.einsum("dk,ndk->n", self.weight, moments) + sums @ self.bias
 
+    @torch.no_grad()
+    def fit(self, within: Tensor, across: Tensor, mean_x: Tensor, mean_y: Tensor, ridge: float) -> Tensor:
+        # W = S_yx (S_xx + ridge * mean(diag S_xx) I)^-1
+        damping = ridge * within.diagonal().mean() + torch.finfo(within.dtype).tiny
+        eye = torch.eye(len(within), dtype=within.dtype, device=within.device)
+        coefficients = torch.linalg.solve(within + damping * eye, across.T).T
+        self.weight.copy_(coefficients)
+        self.bias.copy_(mean_y - coefficients @ mean_x)
+        return coefficients
+
     def adjoint(self, gradient: Tensor, kept: Tensor) -> Tensor:
         return torch.matmul(self.weight.detach().to(gradient.dtype).T, gradient.flatten(2)).view_as(kept)
 
@@ -87,6 +110,20 @@ class OneSource(CheapOp):
         super().__init__()
         self.register_buffer("source", torch.arange(dropped) % kept)
         self.bias = nn.Parameter(torch.zeros(dropped))
+
+    @torch.no_grad()
+    def fit(self, within: Tensor, across: Tensor, mean_x: Tensor, mean_y: Tensor, ridge: float) -> Tensor:
+        # The source is the kept channel that explains most of the variance of the dropped one.
+        variance = within.diagonal().clamp_min(torch.finfo(within.dtype).tiny)
+        source = (across.square() / variance).argmax(1)
+        scale = across.gather(1, source[:, None]).squeeze(1) / variance[source]
+        self.source.copy_(source)
+        self._set_scale(scale.to(self.weight.dtype))
+        self.bias.copy_(mean_y - scale * mean_x[source])
+        return torch.zeros_like(across).scatter(1, source[:, None], scale[:, None])
+
+    def _set_scale(self, scale: Tensor) -> None:
+        self.weight.copy_(scale)
 
 
 class Scale(OneSource):
@@ -120,6 +157,10 @@ class Depthwise(OneSource):
         if kept.dim() == 5:
             return F.conv3d(source, weight.unsqueeze(2), bias, padding=(0, 1, 1), groups=len(weight))
         return F.conv2d(source, weight, bias, padding=1, groups=len(weight))
+
+    def _set_scale(self, scale: Tensor) -> None:
+        self.weight.zero_()
+        self.weight[:, 0, 1, 1] = scale
 
 
 KINDS: dict[str, type[Pointwise] | type[Scale] | type[Depthwise]] = {
@@ -243,7 +284,7 @@ class ChannelRebuild(nn.Module):
         return self.from_ranks(torch.cat(pieces, dim=1))
 
     @torch.no_grad()
-    def start_from_weights(self, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    def start_from_weights(self, weight: Tensor, bias: Tensor | None) -> None:
         """A start that needs no data: least squares between filters, exact for white noise as input.
 
         For white noise the covariance of two output channels is the product of their filters, and
@@ -253,36 +294,15 @@ class ChannelRebuild(nn.Module):
         Args:
             weight: the convolution's, ``(C_out, C_in / groups, ...)``, in the layer's own order.
             bias: ``(C_out)`` or none.
-            groups: the convolution's.
         """
         rows = weight.flatten(1).to(torch.float32)[self.order]
         covariance = rows @ rows.T
-        group = self.order // (len(rows) // groups)
+        group = self.order // (len(rows) // self.groups)
         covariance = covariance * (group[:, None] == group[None, :])
         shift = torch.zeros(len(rows), device=rows.device) if bias is None else bias.to(torch.float32)[self.order]
-        for op, kept in zip(self.ops, self.channels[1:], strict=True):
-            _solve(op, covariance, shift, kept)
-
-
-def _solve(op: nn.Module, covariance: Tensor, mean: Tensor, kept: int) -> None:
-    """Least squares of the ranks from ``kept`` on, on those before, with a small ridge."""
-    within, across = covariance[:kept, :kept], covariance[kept:, :kept]
-    variance = within.diagonal().clamp_min(torch.finfo(within.dtype).tiny)
-    if isinstance(op, Pointwise):
-        ridge = 1e-4 * variance.mean() * torch.eye(kept, device=within.device)
-        solution = torch.linalg.solve(within + ridge, across.T).T
-        op.weight.copy_(solution)
-        op.bias.copy_(mean[kept:] - solution @ mean[:kept])
-        return
-    op.source.copy_((across.square() / variance).argmax(dim=1))  # type: ignore[operator]
-    rows = torch.arange(len(across), device=across.device)
-    scale = across[rows, op.source] / variance[op.source]  # type: ignore[index]
-    if isinstance(op, Depthwise):
-        op.weight.zero_()
-        op.weight[:, 0, 1, 1] = scale.to(op.weight.dtype)
-    else:
-        op.weight.copy_(scale)  # type: ignore[operator]
-    op.bias.copy_(mean[kept:] - scale * mean[op.source])  # type: ignore[operator, index]
+        for i, kept in enumerate(self.channels[1:], start=1):
+            within, across = covariance[:kept, :kept], covariance[kept:, :kept]
+            self.op(i).fit(within, across, shift[:kept], shift[kept:], ridge=1e-4)
 
 
 class FrameRebuild(nn.Module):

@@ -98,8 +98,7 @@ class DynamicConv(nn.Module):
             per_output = self.weight[0].numel()
             kinds = [resolve_cheap(config.cheap, kept, per_output) for kept in self.candidates.channels[1:]]
             self.cheap_c = ChannelRebuild(self.candidates, kinds, self.groups).to(self.weight.device)
-            if not self.weight.is_meta:
-                self.cheap_c.start_from_weights(self.recipe.weight(self).detach(), self.bias, self.groups)
+            self.start_cheap()
         if len(self.candidates.strides) > 1:
             self.cheap_t = FrameRebuild(self.candidates)
         has_time = isinstance(self, nn.Conv3d) or num_frames is not None
@@ -114,6 +113,13 @@ class DynamicConv(nn.Module):
         )
         for part in self.added_modules():
             part.to(device=self.weight.device, dtype=self.weight.dtype).train(self.training)
+
+    @torch.no_grad()
+    def start_cheap(self) -> None:
+        """Begin Phi_c again from the convolution's weights, where they are numbers."""
+        weight = self.recipe.weight(self)
+        if self.cheap_c is not None and not weight.is_meta and torch.isfinite(weight).all():
+            self.cheap_c.start_from_weights(weight, self.bias)
 
     @staticmethod
     def plan_candidates(conv: nn.Module, config: LayerConfig, num_frames: int | None) -> Candidates:
@@ -142,11 +148,9 @@ class DynamicConv(nn.Module):
         dim = 5 if isinstance(self, nn.Conv3d) else 4
         if input.dim() == dim - 1 and self.num_frames is None:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        static = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not static:
-            check_input(self, input, self.layer_name, self.num_frames, self.recipe.pad is Recipe.pad)
-        if static:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self._masked_static(input, self._weights(input, input.mean((-2, -1))))
+        check_input(self, input, self.layer_name, self.num_frames, self.recipe.pad is Recipe.pad)
         input, pooled = pool(input)
         weights = self._weights(input, pooled)
         decisions = decide(weights, soft=self.config.gate == "soft")

@@ -169,7 +169,7 @@ def test_white_noise_start():
     )
     layer.weight[4:] = torch.tensor([2.0, -1.0, 0.5, 3.0], dtype=torch.float64).view(4, 1, 1, 1, 1) * layer.weight[:4]
     plain.weight.copy_(layer.weight)
-    layer.cheap_c.start_from_weights(layer.weight, layer.bias, 1)
+    layer.cheap_c.start_from_weights(layer.weight, layer.bias)
     assert layer.cheap_c.ops[0].source.tolist() == [0, 1, 2, 3]
     with forced(layer.eval(), channel=1, temporal=0):
         assert relative_error(layer(x), plain(x)) < 1e-6
