@@ -56,11 +56,14 @@ def _decode(path: str | Path, wanted: Container[int], stop: int) -> tuple[dict[i
     decoded = 0
     size: tuple[int, int] | None = None
     with _open_video(path) as (container, stream):
+        # One for all frames: frame.to_ndarray(format="rgb24") sets one up each time, which takes longer than decoding.
+        to_rgb = require("av.video.reformatter", extra="video", purpose="Reading a video").VideoReformatter()
         for index, frame in enumerate(islice(container.decode(stream), stop)):
             decoded = index + 1
             if index in wanted:
                 height, width = size = size or (frame.height, frame.width)
-                frames[index] = torch.from_numpy(frame.to_ndarray(format="rgb24", height=height, width=width))
+                picture = to_rgb.reformat(frame, width=width, height=height, format="rgb24")
+                frames[index] = torch.from_numpy(picture.to_ndarray())
     if not decoded:
         raise RedconvertError(f"'{path}' has a video stream but no frame in it. Check or re-encode the file.")
     return frames, decoded
