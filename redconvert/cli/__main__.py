@@ -1,0 +1,5 @@
+"""``python -m redconvert.cli``."""
+
+from . import main
+
+main()

@@ -1,0 +1,92 @@
+"""Options that commands share, and what their values mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import ConvertConfig, LayerConfig
+from ..errors import RedconvertError
+
+__all__ = [
+    "AsJson",
+    "ConfigFile",
+    "Input",
+    "Model",
+    "NumFrames",
+    "Rules",
+    "SearchSpace",
+    "Trust",
+    "read_config",
+    "read_shape",
+]
+
+MODEL_HELP = (
+    "A state dict, checkpoint or safetensors file, a folder of save_pretrained, timm:NAME, torchvision:NAME, "
+    "pytorchvideo:NAME, zoo:NAME, or module.path:factory."
+)
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
+Input = Annotated[
+    list[str] | None,
+    typer.Option("--input", help="Input shape such as 1,3,16,112,112; repeat it for a network that takes a list."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Load pickled modules, which can run any code.")]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        help="PATTERN=SETTING, the first match wins. A pattern is a glob or re:...; a setting is skip, channel, "
+        "temporal or both.",
+    ),
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A ConvertConfig as JSON.", show_default=False)]
+SearchSpace = Annotated[int | None, typer.Option(help="Candidates on each axis.", show_default="2")]
+NumFrames = Annotated[int | None, typer.Option(help="Frames per clip where a 2D network's batch holds frames.")]
+
+
+def read_config(
+    file: Path | None, rules: list[str] | None, search_space: int | None, num_frames: int | None
+) -> ConvertConfig:
+    if file is None:
+        values: dict[str, Any] = {}
+    else:
+        try:
+            values = ConvertConfig.from_json(file.read_text(encoding="utf-8")).to_dict()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RedconvertError(f"the config '{file}' could not be read: {error}") from error
+    if search_space is not None:
+        values["search_space"] = search_space
+    if num_frames is not None:
+        values["num_frames"] = num_frames
+    values["rules"] = [*(_rule(text) for text in rules or ()), *values.get("rules", ())]
+    return ConvertConfig.from_dict(values)
+
+
+SETTINGS: dict[str, dict[str, bool] | None] = {
+    "skip": None,
+    "channel": {"channel": True, "temporal": False},
+    "temporal": {"channel": False, "temporal": True},
+    "both": {"channel": True, "temporal": True},
+}
+
+
+def _rule(text: str) -> tuple[str, dict[str, bool] | LayerConfig | None]:
+    pattern, equals, setting = text.rpartition("=")
+    if not equals or not pattern or setting not in SETTINGS:
+        raise typer.BadParameter(
+            f"'{text}' is not PATTERN=SETTING with one of {', '.join(SETTINGS)}", param_hint="--rule"
+        )
+    return pattern, SETTINGS[setting]
+
+
+def read_shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise typer.BadParameter(f"'{text}' is not a shape such as 1,3,16,112,112", param_hint="--input")
+    return shape
