@@ -25,6 +25,7 @@ from .convert.plan import check_model, obstacle
 from .convert.rewrite import copied
 from .errors import RedconvertError
 from .files import write_bytes_atomic, write_text_atomic
+from .inputs import unwrapped
 from .layers import DynamicConv, dynamic_layers
 from .weights import (
     check_fit,
@@ -117,7 +118,7 @@ def save_pretrained(dynamic: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     if not isinstance(dynamic, nn.Module):
         raise RedconvertError(f"save_pretrained takes a converted torch.nn.Module, not {type(dynamic).__name__}")
-    model = _inside(dynamic)
+    model = unwrapped(dynamic)
     layers = {without_compile(name): _describe(name, layer, model) for name, layer in dynamic_layers(model).items()}
     tensors, shared = _for_disk(model)
     target = Path(folder)
@@ -143,17 +144,6 @@ def save_pretrained(dynamic: nn.Module, folder: str | os.PathLike[str]) -> None:
     write_text_atomic(target / CONFIG, json.dumps(config, indent=2) + "\n")
     _sync(target)
     _remove_old(target, keep=weights)
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    """The network without what torch.compile and parallel training put around it."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _describe(name: str, layer: DynamicConv, model: nn.Module) -> SavedLayer:

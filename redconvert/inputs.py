@@ -21,7 +21,9 @@ __all__ = [
     "evaluating",
     "move_to",
     "take_inputs",
+    "take_labels",
     "tensors_in",
+    "unwrapped",
 ]
 
 LABELS = frozenset({"label", "labels", "target", "targets"})
@@ -74,6 +76,15 @@ def take_inputs(batch: Any) -> Any:
     raise RedconvertError(f"cannot read a batch of type {_describe(batch)}. {ACCEPTED}")
 
 
+def take_labels(batch: Any) -> Any:
+    """The labels of one item of ``batches``: what follows the inputs, or a dict's label; None without any."""
+    if _is_keywords(batch):
+        return next((value for key, value in batch.items() if key in LABELS), None)
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        return batch[1]
+    return None
+
+
 def each_batch(batches: Any) -> Iterator[Any]:
     """The inputs of every batch: `take_inputs` of each item.
 
@@ -108,6 +119,17 @@ def device_of(model: nn.Module) -> torch.device:
     """Where the network's first parameter is (its first buffer, or the CPU, where it has none)."""
     first = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network without what torch.compile and parallel training put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 @contextmanager

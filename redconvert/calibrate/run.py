@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
+import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,67 +15,33 @@ from torch.utils._pytree import tree_map
 
 from ..convert import trace
 from ..errors import RedconvertError
-from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in
-from ..layers import DynamicConv, dynamic_layers, forced
+from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in, unwrapped
+from ..layers import Decision, DynamicConv, dynamic_layers, forced, observed
+from ..progress import Step, progress_bar
+from .match import MatchedVariance
+from .reduced import ROWS_PER_CHANNEL, ReducedMoments
+from .result import CalibratedLayer, Calibration
 from .select import greedy_order, greedy_sources
 from .solve import solve_channels, solve_frames
-from .statistics import ChannelMoments, FrameMoments
+from .statistics import ChannelMoments, FrameMoments, raise_together, sum_over_processes
 
-__all__ = ["CalibratedLayer", "Calibration", "calibrate"]
+__all__ = ["calibrate"]
 
-
-@dataclass(frozen=True)
-class CalibratedLayer:
-    """Where the redundancy is: what each candidate of a layer explains of what it does not compute.
-
-    Attributes:
-        name: of the layer.
-        channels, frame_strides: its candidates.
-        channel_explained: for each reduced channel candidate, the share of the dropped channels' variance,
-            weighted as in the choice of channels, that Phi_c rebuilds from the kept ones of the same input.
-        temporal_explained: for each reduced temporal candidate, the same for the skipped frames.
-    """
-
-    name: str
-    channels: tuple[int, ...]
-    frame_strides: tuple[int, ...]
-    channel_explained: tuple[float, ...]
-    temporal_explained: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What `redconvert.calibrate` did: ``print`` it, or go through ``layers``."""
-
-    model: str
-    layers: tuple[CalibratedLayer, ...]
-    samples: int
-    rounds: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
-    def __str__(self) -> str:
-        width = max(len(layer.name) for layer in self.layers)
-        lines = [f"{'layer':<{width}}  {'channels':>16}  explained        {'frames':>10}  explained"]
-        for layer in self.layers:
-            channels = "/".join(map(str, layer.channels)) if layer.channel_explained else "-"
-            frames = "/".join(map(str, layer.frame_strides)) if layer.temporal_explained else "-"
-            by_channel, by_frame = (
-                " ".join(f"{share:6.1%}" for share in shares)
-                for shares in (layer.channel_explained, layer.temporal_explained)
-            )
-            lines.append(f"{layer.name:<{width}}  {channels:>16}  {by_channel:<15}  {frames:>10}  {by_frame}".rstrip())
-        lines.append(f"{self.samples} samples, {self.rounds} rounds, {self.seconds:.1f} s")
-        return "\n".join(lines)
+Reduced: TypeAlias = tuple[int | None, int | None]  # candidates of the reduced half; None: as the gates decide
+GATES: Reduced = (None, None)
+Explained: TypeAlias = tuple[tuple[float | None, ...], tuple[float | None, ...]]
+Collect: TypeAlias = Callable[[DynamicConv, Tensor, list[Decision]], Tensor | None]
 
 
 def calibrate(
-    dynamic: nn.Module, batches: Any, *, rounds: int = 3, ridge: float = 1e-3, progress: bool = False
+    dynamic: nn.Module,
+    batches: Any,
+    *,
+    rounds: int = 3,
+    match: bool = True,
+    decisions: Literal["candidates", "gates"] = "candidates",
+    ridge: float = 1e-3,
+    progress: bool = False,
 ) -> Calibration:
     """Choose each layer's channels and solve for its cheap operations, in place. Open gates stay exact.
 
@@ -85,39 +50,60 @@ def calibrate(
     that follows. Ridge regression then gives Phi_c and Phi_t. But when every layer is reduced, each sees an
     input that the layers before have changed. So each round runs the network twice side by side, dense and
     with every layer at the candidate, and regresses the dense result on what the reduced network computes:
-    errors are mended where they arise instead of adding up.
+    errors are mended where they arise instead of adding up. A last pass gives the rebuilt channels back the mean
+    and variance of the dense network's, which a regression shrinks and the norms behind expect.
 
     Args:
-        dynamic: what `redconvert.convert` returned.
+        dynamic: what `redconvert.convert` returned; torch.compile and DistributedDataParallel around it are left out.
         batches: unlabelled; an iterable that can be read ``1 + rounds`` times per candidate (a list, a
-            DataLoader), or one batch. Under ``torch.distributed`` each process reads its own and moments are summed.
-        rounds: of that correction; 0 reads the batches once.
+            DataLoader), or one batch. Under ``torch.distributed`` each process reads its own, as many as it has, and
+            moments are summed: all processes end with the same numbers.
+        rounds: of that correction. 0 with ``match=False`` reads the batches once.
+        match: whether mean and variance are matched at the end.
+        decisions: what the reduced network computes in rounds and matching. "candidates": every layer at the same
+            candidate, one after the other. "gates": what the gates decide, after `redconvert.set_budget` or
+            training; channel orders then stay as they are, and so do candidates that hardly a sample takes.
         ridge: of the regressions, relative to the mean variance of the predictors.
-        progress: show a bar (needs rich).
+        progress: show a bar on stderr (needs rich).
 
     Returns:
         What each candidate explains, per layer: a table of where the redundancy is.
 
     Raises:
-        RedconvertError: no dynamic layers, no batches, a generator with ``rounds > 0``, or activations that
-            are not finite; the network is then as it was.
+        RedconvertError: no dynamic layers, no batches, a generator that would be read twice, activations that
+            are not finite, or an error in another process; the network is then as it was.
     """
+    dynamic = unwrapped(dynamic)
     layers = dynamic_layers(dynamic)
     if rounds < 0 or ridge < 0:
         raise RedconvertError(f"rounds={rounds} and ridge={ridge} must not be negative")
-    if rounds and isinstance(batches, Iterator):
+    if decisions not in ("candidates", "gates"):
+        raise RedconvertError(f"decisions must be 'candidates' or 'gates', not {decisions!r}")
+    if (rounds or match) and isinstance(batches, Iterator):
         raise RedconvertError(
-            "batches is an iterator, which can be read only once: pass a list or a DataLoader, or rounds=0"
+            "batches is an iterator, which can be read only once: pass a list or a DataLoader, or rounds=0, match=False"
         )
     start = time.perf_counter()
     run = _Run(dynamic, layers, batches, ridge)
-    with evaluating(dynamic), _undone_on_error(layers), _bar(progress, run.passes(rounds)) as step:
-        explained = run.first_pass(step)
-        run.rounds(rounds, step)
+    reductions = run.candidates() if decisions == "candidates" else [GATES]
+    matched = [reduced for reduced in reductions if match and reduced[0] != 0]
+    passes = (decisions == "candidates") + rounds * len(reductions) + len(matched)
+    with (
+        evaluating(dynamic),
+        _undone_on_error(layers),
+        progress_bar(progress, "Calibrating", passes * _count_batches(batches) or None) as run.step,
+    ):
+        explained = run.first_pass() if decisions == "candidates" else {}
+        for reduced in rounds * reductions:
+            found = run.regress(reduced)
+            explained = found if decisions == "gates" else explained
+        for reduced in matched:
+            run.match(reduced)
+    nothing = {layer: run.unknown(layer) for layer in layers.values()}
     return Calibration(
         type(dynamic).__name__,
         tuple(
-            CalibratedLayer(name, layer.candidates.channels, layer.candidates.strides, *explained[layer])
+            CalibratedLayer(name, layer.candidates.channels, layer.candidates.strides, *(nothing | explained)[layer])
             for name, layer in layers.items()
         ),
         run.samples,
@@ -131,23 +117,28 @@ class _Run:
 
     def __init__(self, model: nn.Module, layers: dict[str, DynamicConv], batches: Any, ridge: float) -> None:
         self.model, self.layers, self.batches, self.ridge = model, layers, batches, ridge
-        self.samples = 0
+        self.samples = 0  # of all processes, after a pass
+        self.step: Step = lambda advance=1, text=None: None  # called after every batch
         modules, facts = dict(model.named_modules()), trace(model).facts
         norms = {layer: facts[name].norm if name in facts else None for name, layer in layers.items()}
-        self.importance = {layer: _importance(layer, modules.get(norm or "")) for layer, norm in norms.items()}
+        # Summed, since running statistics drift apart in data-parallel training, and the choice must be the same.
+        self.importance = {
+            layer: sum_over_processes(_importance(layer, modules.get(norm or ""))) for layer, norm in norms.items()
+        }
 
-    def passes(self, rounds: int) -> int:
-        return 1 + rounds * len(self._reductions())
-
-    def _reductions(self) -> list[tuple[str, int]]:
-        """All reduced candidates: ("channel", 1), ..., ("temporal", 1), ..."""
+    def candidates(self) -> list[Reduced]:
+        """Every reduced candidate, one axis at a time."""
         each = [layer.candidates for layer in self.layers.values()]
         return [
-            *(("channel", i) for i in range(1, max(len(c.channels) for c in each))),
-            *(("temporal", j) for j in range(1, max(len(c.strides) for c in each))),
+            *((i, 0) for i in range(1, max(len(c.channels) for c in each))),
+            *((0, j) for j in range(1, max(len(c.strides) for c in each))),
         ]
 
-    def first_pass(self, step: Any) -> dict[DynamicConv, tuple[tuple[float, ...], tuple[float, ...]]]:
+    @staticmethod
+    def unknown(layer: DynamicConv) -> Explained:
+        return (None,) * (len(layer.candidates.channels) - 1), (None,) * (len(layer.candidates.strides) - 1)
+
+    def first_pass(self) -> dict[DynamicConv, Explained]:
         """Moments of the dense network; order, Phi_c and Phi_t from them; what they explain."""
         channels: dict[DynamicConv, ChannelMoments] = {}
         frames: dict[DynamicConv, list[FrameMoments]] = {}
@@ -157,7 +148,7 @@ class _Run:
                 channels[layer] = ChannelMoments.empty(count, count, device)
             frames[layer] = [FrameMoments.empty(s, count, device) for s in layer.candidates.strides[1:]]
 
-        def collect(layer: DynamicConv, out: Tensor) -> None:
+        def collect(layer: DynamicConv, out: Tensor, _: Any) -> None:
             if layer in channels:
                 channels[layer].add(out)
             clips = layer.as_clips(out, layer.frames_per_sample)
@@ -165,17 +156,12 @@ class _Run:
                 moments.add(clips, clips)
 
         self._pass(collect, None)
-        step()
         self._finish([*channels.items(), *((layer, each) for layer, all_ in frames.items() for each in all_)])
-        explained = {}
+        explained: dict[DynamicConv, Explained] = {}
         for layer in self.layers.values():
             by_channel = self._solve_layer(layer, channels[layer]) if layer in channels else ()
-            by_frame = []
-            for j, moments in enumerate(frames[layer], start=1):
-                assert layer.cheap_t is not None
-                left, total = (solve_frames(layer.cheap_t, j, moments, self.ridge) * self.importance[layer]).sum((1, 2))
-                by_frame.append(_share(left, total))
-            explained[layer] = by_channel, tuple(by_frame)
+            by_frame = tuple(self._solve_frames(layer, j, moments) for j, moments in enumerate(frames[layer], start=1))
+            explained[layer] = by_channel, by_frame
         return explained
 
     def _solve_layer(self, layer: DynamicConv, moments: ChannelMoments) -> tuple[float, ...]:
@@ -184,71 +170,93 @@ class _Run:
         choose = greedy_order if cheap.kinds[0] == "pointwise" else greedy_sources
         steps = cheap.channels[1] // (layer.out_channels // layer.groups if layer.groups > 1 else 1)
         cheap.set_order(choose(moments.covariance, weights, layer.groups, steps))
-        shares = []
-        for i, kept in enumerate(cheap.channels[1:], start=1):
-            chosen = moments.select(cheap.order[:kept], cheap.order[kept:])
-            left, dropped = solve_channels(cheap.op(i), chosen, self.ridge), weights[cheap.order[kept:]]
-            shares.append(_share((left * dropped).sum(), (chosen.target_variance * dropped).sum()))
-        return tuple(shares)
+        return tuple(
+            self._solve_channels(layer, i, moments.select(cheap.order[:kept], cheap.order[kept:]))
+            for i, kept in enumerate(cheap.channels[1:], start=1)
+        )
 
-    def rounds(self, count: int, step: Any) -> None:
-        for _ in range(count):
-            for axis, index in self._reductions():
-                self._correct(axis, index)
-                step()
+    def _solve_channels(self, layer: DynamicConv, index: int, moments: ChannelMoments) -> float:
+        assert layer.cheap_c is not None
+        left = solve_channels(layer.cheap_c.op(index), moments, self.ridge)
+        weights = self.importance[layer][layer.cheap_c.dropped(index)]
+        return _share((left * weights).sum(), (moments.target_variance * weights).sum())
 
-    def _correct(self, axis: str, index: int) -> None:
-        """Regress the dense network's results on what the network reduced to this candidate computes."""
-        moments: dict[DynamicConv, Any] = {}
-        for layer in self.layers.values():
-            candidates, device = layer.candidates, layer.weight.device
-            if axis == "channel" and index < len(candidates.channels):
-                kept = candidates.channels[index]
-                moments[layer] = ChannelMoments.empty(kept, layer.out_channels - kept, device)
-            if axis == "temporal" and index < len(candidates.strides):
-                moments[layer] = FrameMoments.empty(candidates.strides[index], layer.out_channels, device)
+    def _solve_frames(self, layer: DynamicConv, index: int, moments: FrameMoments) -> float | None:
+        assert layer.cheap_t is not None
+        left, total = (solve_frames(layer.cheap_t, index, moments, self.ridge) * self.importance[layer]).sum((1, 2))
+        return _share(left, total) if moments.has_data else None
 
-        def collect(layer: DynamicConv, out: Tensor) -> None:
-            if layer not in moments:
-                return
+    def regress(self, reduced: Reduced) -> dict[DynamicConv, Explained]:
+        """Regress the dense network's results on what the reduced one computes."""
+        found = {layer: ReducedMoments(layer) for layer in self.layers.values()}
+
+        def collect(layer: DynamicConv, out: Tensor, decisions: list[Decision]) -> None:
             dense, reduced = out.chunk(2)
-            if layer.cheap_c is not None and axis == "channel":
-                cheap = layer.cheap_c
-                moments[layer].add(reduced[:, cheap.kept(index)], dense[:, cheap.dropped(index)])
-            else:
-                frames = layer.frames_per_sample
-                moments[layer].add(layer.as_clips(reduced, frames), layer.as_clips(dense, frames))
+            found[layer].add(dense, reduced, decisions)
 
-        self._pass(collect, (axis, index))
-        self._finish(list(moments.items()))
-        for layer, found in moments.items():
-            if axis == "channel":
-                assert layer.cheap_c is not None
-                solve_channels(layer.cheap_c.op(index), found, self.ridge)
-            else:
-                assert layer.cheap_t is not None
-                solve_frames(layer.cheap_t, index, found, self.ridge)
+        self._pass(collect, reduced)
+        self._finish([(layer, each) for layer, moments in found.items() for each in moments.all()])
+        least = ROWS_PER_CHANNEL if reduced == GATES else 0
+        explained = {}
+        for layer, moments in found.items():
+            channels, frames = (list(each) for each in self.unknown(layer))
+            for i, by_channel in moments.channels.items():
+                if by_channel.count > least * len(by_channel.sum_x):
+                    channels[i - 1] = self._solve_channels(layer, i, by_channel)
+            for j, by_frame in moments.frames.items():
+                if (by_frame.moments[..., 0, 0] > least).all():
+                    frames[j - 1] = self._solve_frames(layer, j, by_frame)
+            explained[layer] = tuple(channels), tuple(frames)
+        return explained
 
-    def _pass(self, collect: Any, reduced: tuple[str, int] | None) -> None:
-        """Run all batches; ``collect(layer, out)`` sees every layer's result, the reduced half second."""
-        handles = []
-        for layer in self.layers.values():
-            handles.append(layer.register_forward_hook(lambda module, _, out: collect(module, out)))
+    def match(self, reduced: Reduced) -> None:
+        """Give rebuilt channels the dense network's mean and variance, each layer behind those that are mended."""
+        found = {layer: MatchedVariance(layer) for layer in self.layers.values() if layer.cheap_c is not None}
+
+        def mend(layer: DynamicConv, out: Tensor, decisions: list[Decision]) -> Tensor | None:
+            return found[layer].mend(out, [0 if d.blend else d.channel for d in decisions]) if layer in found else None
+
+        self._pass(mend, reduced)
+        for each in found.values():
+            each.apply()
+
+    def _pass(self, collect: Collect, reduced: Reduced | None) -> None:
+        """Run all batches, dense or dense and reduced side by side.
+
+        ``collect(layer, out, decisions)`` sees every result, the reduced half second with its decisions; what it
+        returns, if anything, takes the result's place.
+        """
+        seen: dict[DynamicConv, list[Decision]] = {}
+        handles, error = [], None
+        for layer in self.layers.values():  # observers are called before hooks
+            handles.append(layer.register_forward_hook(lambda module, _, out: collect(module, out, seen[module])))
+        self.samples = 0
         try:
             for batch in each_batch(self.batches):
                 inputs = move_to(batch, device_of(self.model))
                 count = self._count(inputs)
-                decisions: dict[str, Any] = {"channel": 0, "temporal": 0}
-                if reduced is not None:
-                    decisions[reduced[0]] = [0] * count + [reduced[1]] * count
-                    inputs = _twice(inputs)
-                else:
-                    self.samples += count
-                with forced(self.model, **decisions):
-                    call_with(self.model, inputs)
+                with observed(
+                    self.model, lambda layer, call: seen.__setitem__(layer, call.decisions[len(call.decisions) // 2 :])
+                ):
+                    self._run(inputs, count, reduced)
+                self.samples += count
+                self.step()
+        except Exception as problem:
+            error = problem
         finally:
             for handle in handles:
                 handle.remove()
+        raise_together(error, device_of(self.model))
+        self.samples = int(sum_over_processes(torch.tensor(self.samples, device=device_of(self.model))))
+
+    def _run(self, inputs: Any, count: int, reduced: Reduced | None) -> None:
+        if reduced is None:
+            with forced(self.model, channel=0, temporal=0):
+                call_with(self.model, inputs)
+            return
+        dense: list[int | None] = [0] * count
+        with forced(self.model, channel=dense + [reduced[0]] * count, temporal=dense + [reduced[1]] * count):
+            call_with(self.model, _twice(inputs))
 
     def _count(self, inputs: Any) -> int:
         """Samples of a batch: rows, or clips where the layers take frames in the batch."""
@@ -256,6 +264,7 @@ class _Run:
         return tensors_in(inputs)[0].shape[0] // layer.frames_per_sample
 
     def _finish(self, moments: list[tuple[DynamicConv, Any]]) -> None:
+        """Sum over processes, and look only then: all find the same, and raise alike."""
         for layer, each in moments:
             each.synchronize()
             if not each.is_finite:
@@ -298,13 +307,6 @@ def _undone_on_error(layers: dict[str, DynamicConv]) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _bar(shown: bool, total: int) -> Iterator[Any]:
-    if not shown:
-        yield lambda: None
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as bar:
-        task = bar.add_task("Calibrating", total=total)
-        yield lambda: bar.advance(task)
+def _count_batches(batches: Any) -> int:
+    """How many batches there are; 0 where that is not known."""
+    return 1 if isinstance(batches, Tensor | tuple | Mapping) else operator.length_hint(batches)

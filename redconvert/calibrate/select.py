@@ -7,6 +7,8 @@ from torch import Tensor
 
 __all__ = ["greedy_order", "greedy_sources"]
 
+LOOKS = 32  # gains of greedy_sources that are brought up to date at once
+
 
 def greedy_order(covariance: Tensor, weights: Tensor, groups: int = 1, steps: int | None = None) -> Tensor:
     """Pivoted Cholesky on ``diag(sqrt w) covariance diag(sqrt w)``, whole groups of channels at a time.
@@ -26,23 +28,35 @@ def greedy_order(covariance: Tensor, weights: Tensor, groups: int = 1, steps: in
     """
     channels = len(covariance)
     scale = weights.clamp_min(0).sqrt()
-    residual = covariance * torch.outer(scale, scale)
+    weighted = covariance * torch.outer(scale, scale)
     size = channels // groups if groups > 1 else 1
     units = channels // size
-    floor = 1e-9 * residual.diagonal().mean().clamp_min(torch.finfo(residual.dtype).tiny)
+    steps = min(steps or units, units)
+    # What is left is R = weighted - factor factor^T. R itself, C^2 numbers, would have to be rewritten for each of the
+    # C channels; only its diagonal and the squared length of each of its columns are needed, and those can be updated.
+    factor = weighted.new_zeros(channels, steps * size)
+    variance, squares = weighted.diagonal().clone(), weighted.square().sum(0)
+    floor = 1e-9 * variance.mean().clamp_min(torch.finfo(weighted.dtype).tiny)
     chosen = torch.zeros(units, dtype=torch.bool, device=covariance.device)
     order: list[int] = []
-    for _ in range(min(steps or units, units)):
-        variance = residual.diagonal()
-        gain = residual.square().sum(0) / variance.clamp_min(floor)
+    rank = 0
+    for _ in range(steps):
+        # Rounding in the updates must not make a channel better than it can be: R_cc <= gain <= trace of R.
+        gain = (squares / variance.clamp_min(floor)).minimum(variance.sum()).maximum(variance)
         gain = torch.where(variance > floor, gain, torch.zeros_like(gain)).view(units, size).sum(1)
         unit = int(torch.where(chosen, -1.0, gain).argmax())
         chosen[unit] = True
         order.append(unit)
         for channel in range(unit * size, (unit + 1) * size):
-            pivot = residual[channel, channel]
-            if pivot > floor:
-                residual = residual - torch.outer(residual[channel], residual[channel]) / pivot
+            if variance[channel] > floor:
+                done = factor[:, :rank]
+                column = weighted[channel] - done @ done[channel]
+                column = column / column[channel].sqrt()
+                product = weighted @ column - done @ (done.T @ column)  # R column
+                squares += column.square() * column.square().sum() - 2 * column * product
+                variance -= column.square()
+                factor[:, rank] = column
+                rank += 1
     return _channels_of(order, size, units, covariance.device)
 
 
@@ -59,16 +73,23 @@ def greedy_sources(covariance: Tensor, weights: Tensor, groups: int = 1, steps: 
     floor = 1e-9 * variance.mean().clamp_min(torch.finfo(variance.dtype).tiny)
     explained = weights[:, None] * covariance.square() / variance.clamp_min(floor)  # of row d by column s
     explained = torch.where(variance > floor, explained, torch.zeros_like(explained))
-    by_unit = explained.view(channels, units, size).amax(2)
+    by_unit = explained.view(channels, units, size).amax(2).T.contiguous()  # row: what a group explains of each channel
     best = torch.zeros(channels, dtype=covariance.dtype, device=covariance.device)
     chosen = torch.zeros(units, dtype=torch.bool, device=covariance.device)
+    # What a group adds can only shrink as others are chosen: an old gain bounds it from above, and whichever gain is
+    # new and still the largest is the best one. Few of the others need a look, at C numbers each.
+    gains = by_unit.sum(1)
     order: list[int] = []
     for _ in range(min(steps or units, units)):
-        gain = (by_unit - best[:, None]).clamp_min(0).sum(0)
-        unit = int(torch.where(chosen, -1.0, gain).argmax())
+        new = torch.zeros_like(chosen)
+        while not new[unit := int(torch.where(chosen, -1.0, gains).argmax())]:
+            look = torch.where(chosen, -1.0, gains).topk(min(LOOKS, units)).indices
+            look[0] = unit  # of equal ones, the first
+            gains[look] = (by_unit[look] - best).clamp_min(0).sum(1)
+            new[look] = True
         chosen[unit] = True
         order.append(unit)
-        best = torch.maximum(best, by_unit[:, unit])
+        best = torch.maximum(best, by_unit[unit])
     return _channels_of(order, size, units, covariance.device)
 
 

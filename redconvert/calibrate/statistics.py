@@ -11,7 +11,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["ChannelMoments", "FrameMoments"]
+from ..errors import RedconvertError
+
+__all__ = ["ChannelMoments", "FrameMoments", "raise_together", "sum_over_processes"]
 
 
 @dataclass
@@ -122,6 +124,11 @@ class FrameMoments:
         _all_reduce([self.moments])
 
     @property
+    def has_data(self) -> bool:
+        """Whether any skipped frame lay between two computed ones."""
+        return bool(self.moments[..., 0, 0].any())
+
+    @property
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.moments).all())
 
@@ -144,3 +151,25 @@ def _all_reduce(tensors: list[Tensor]) -> None:
     if distributed.is_available() and distributed.is_initialized():
         for tensor in tensors:
             distributed.all_reduce(tensor)
+
+
+# -- processes -----------------------------------------------------------------------------------------
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """The sum of every process's ``value``, in place; as it is where there is one process."""
+    _all_reduce([value])
+    return value
+
+
+def raise_together(error: Exception | None, device: torch.device) -> None:
+    """Raise ``error`` here, and an error in every other process: none may wait for one that has left.
+
+    Raises:
+        RedconvertError: all is well here, but not in another process.
+    """
+    failed = int(sum_over_processes(torch.tensor(int(error is not None), device=device)))
+    if error is not None:
+        raise error
+    if failed:
+        raise RedconvertError(f"calibration failed in {failed} of the other processes: see the error there")

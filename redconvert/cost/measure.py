@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..inputs import call_with, device_of, tensors_in
-from ..layers import DynamicConv, Observation, disabled, observed
+from ..inputs import call_with, device_of, evaluating, tensors_in
+from ..layers import DynamicConv, Observation, disabled, dynamic_layers, observed
 from ..layers.macs import executed_macs, layer_macs
 from .clock import LayerClock, interleaved
 from .count import dense_macs
 
-__all__ = ["LayerRecord", "MacsMeter", "Stopwatch", "describe_environment"]
+__all__ = ["LayerRecord", "MacsMeter", "Stopwatch", "describe_environment", "static_macs"]
 
 
 @dataclass
@@ -150,6 +150,14 @@ class Stopwatch:
         for name, (slow, fast) in rounds.items():
             before = self.layers[name]
             self.layers[name] = (before[0] + statistics.median(slow), before[1] + statistics.median(fast))
+
+
+def static_macs(model: nn.Module, batch: Any) -> float:
+    """Dense MACs per sample of all that is not a dynamic layer, at the shapes of ``batch``."""
+    meter = MacsMeter(model, dynamic_layers(model))
+    with evaluating(model):
+        meter.run(batch)
+    return meter.dense[0] - sum(record.dense[0] for record in meter.records.values())
 
 
 def count_samples(batch: Any, first: Observation | None) -> int:

@@ -28,6 +28,7 @@ ADDED_ATTRIBUTES = (  # all that make_dynamic and the modes set on a convolution
     *("config", "candidates", "num_frames", "layer_name", "feeds_norm", "forced", "enabled", "observers"),
     *ADDED_MODULES,  # an absent cheap operation is a plain None
 )
+Forced = list[int | None] | int | None  # a candidate for all samples, one per sample, or None: the gate decides
 SAMPLED_SIZE = 4  # the rebuild loss is an average: about this many rows and columns of a frame tell it
 
 
@@ -70,7 +71,7 @@ class DynamicConv(nn.Module):
     # Defaults on the class, so that a converted module holds them only while they differ.
     enabled: bool = True
     feeds_norm: bool = False
-    forced: tuple[list[int] | int | None, list[int] | int | None] = (None, None)
+    forced: tuple[Forced, Forced] = (None, None)
     observers: tuple[Callable[[DynamicConv, Observation], None], ...] = ()
 
     def make_dynamic(
@@ -177,26 +178,35 @@ class DynamicConv(nn.Module):
     def _weights(self, x: Tensor, pooled: Tensor) -> GateWeights:
         """The gate's weights per sample; ``pooled`` is G(x), frames folded into the batch like x's."""
         num_samples = x.shape[0] // self.frames_per_sample
-        channel, temporal = self.forced
-        if channel is None or temporal is None:
+        if any(index is None or (isinstance(index, list) and None in index) for index in self.forced):
             values = self.gate(self._per_clip(pooled))
             gated = GateWeights(*(candidate_weights(value, self.config.normalize) for value in values))
         else:  # gates do not run where everything is forced
             gated = GateWeights(x.new_empty(0), x.new_empty(0))
+        channel, temporal = self.forced
         return GateWeights(
-            gated.channel if channel is None else self._one_hot("channel", channel, num_samples, x),
-            gated.temporal if temporal is None else self._one_hot("temporal", temporal, num_samples, x),
+            self._force("channel", channel, gated.channel, num_samples, x),
+            self._force("temporal", temporal, gated.temporal, num_samples, x),
         )
 
-    def _one_hot(self, axis: str, index: list[int] | int, num_samples: int, x: Tensor) -> Tensor:
-        per_sample = [index] * num_samples if isinstance(index, int) else index
-        if len(per_sample) != num_samples:
+    def _force(self, axis: str, index: Forced, gated: Tensor, num_samples: int, x: Tensor) -> Tensor:
+        """``gated (N, S)`` with the rows replaced that ``index`` names a candidate for."""
+        if index is None:
+            return gated
+        per_sample = index if isinstance(index, list) else [index]
+        if num_samples % len(per_sample) == 0:  # a network that folds frames into its batch asks once per sample
+            per_sample = [i for i in per_sample for _ in range(num_samples // len(per_sample))]
+        else:
             raise RedconvertError(
                 f"layer '{self.layer_name}': forced() got {len(per_sample)} {axis} candidates for {num_samples} samples"
             )
         count = len(self.candidates.channels if axis == "channel" else self.candidates.strides)
-        checked = torch.tensor([self.candidates.nearest(axis, i) for i in per_sample], device=x.device)
-        return F.one_hot(checked, count).to(self.gate.beta.dtype)
+        checked = torch.tensor([self.candidates.nearest(axis, i or 0) for i in per_sample], device=x.device)
+        rows = F.one_hot(checked, count).to(self.gate.beta.dtype)
+        if None not in per_sample:
+            return rows
+        free = torch.tensor([i is None for i in per_sample], device=x.device)
+        return torch.where(free[:, None], gated, rows)
 
     def _sparse(self, x: Tensor, weights: GateWeights, decision: Decision, samples: Tensor | None) -> Tensor:
         """Compute only what ``decision`` asks for, for these samples (None: all)."""

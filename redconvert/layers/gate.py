@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-__all__ = ["Gate", "GateWeights", "candidate_weights", "largest_open"]
+__all__ = ["Gate", "GateWeights", "candidate_weights", "largest_open", "processes"]
 
 # beta at conversion: tanh(+-1.5) = +-0.9 is decided, yet its slope of 0.18 still lets the gate learn.
 BIRTH_BETA = 1.5
@@ -25,10 +25,12 @@ class GateWeights(NamedTuple):
 
 
 class Gate(nn.Module):
-    """``z = FC2(tanh(BN(FC1(G(x))))) + beta`` and ``V = max(tanh z, 0)``, split in time and channel values.
+    """``z = FC2(tanh(BN(FC1(G(x))))) + beta - threshold`` and ``V = max(tanh z, 0)``, split in time and channel.
 
     G averages over H and W, so FC1 reads ``C_in * T`` numbers. Clips of another length are average-pooled
-    in time to ``num_frames``. The norm uses its running statistics for a training batch of one.
+    in time to ``num_frames``. The norm uses its running statistics for a training batch of one, and those of
+    the batches of all processes where ``torch.distributed`` trains in several. ``threshold`` is 0 until
+    `redconvert.set_budget` moves it; no gradient reaches it.
 
     Args:
         in_channels: C_in of the convolution.
@@ -38,6 +40,8 @@ class Gate(nn.Module):
         hidden: width of FC1.
         generator: random numbers for the start; none of PyTorch's global ones are used.
     """
+
+    threshold: Tensor
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class Gate(nn.Module):
             self.fc2 = nn.Linear(hidden, sum(sizes), bias=False)  # beta is its bias
         self.norm = nn.BatchNorm1d(hidden)
         self.beta = nn.Parameter(torch.cat([torch.tensor([1.0] + [-1.0] * (size - 1)) for size in sizes]) * BIRTH_BETA)
+        self.register_buffer("threshold", torch.zeros(sum(sizes)))
         bound = features**-0.5
         with torch.no_grad():
             self.fc1.weight.uniform_(-bound, bound, generator=generator)
@@ -77,14 +82,7 @@ class Gate(nn.Module):
             pooled = F.adaptive_avg_pool1d(pooled, self.num_frames)
         with torch.autocast(pooled.device.type, enabled=False):  # a gate is tiny: it keeps its own precision
             hidden = self.fc1(pooled.flatten(1).to(self.fc1.weight.dtype))
-            if self.training and hidden.shape[0] == 1:
-                norm = self.norm
-                hidden = F.batch_norm(
-                    hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
-                )
-            else:
-                hidden = self.norm(hidden)
-            values = torch.tanh(self.fc2(torch.tanh(hidden)) + self.beta)
+            values = torch.tanh(self.fc2(torch.tanh(self._normalize(hidden))) + self.beta - self.threshold)
         ones = values.new_ones(values.shape[0], 1)
         if self.num_temporal == 1:
             return values, ones
@@ -92,6 +90,73 @@ class Gate(nn.Module):
             return ones, values
         temporal, channel = values.split([self.num_temporal, self.num_channel], dim=1)
         return channel, temporal
+
+    def axis(self, name: str, values: Tensor) -> Tensor:
+        """What of ``values (..., S_t + S_c)`` belongs to "channel" or "temporal": a view, empty without that axis."""
+        split = self.num_temporal if self.num_temporal > 1 else 0
+        return values[..., split:] if name == "channel" else values[..., :split]
+
+    def thresholds(self, name: str) -> Tensor:
+        """The thresholds of one axis, to write to."""
+        return self.axis(name, self.threshold)
+
+    @torch.no_grad()
+    def keep_thresholds(self) -> None:
+        """Make the thresholds part of beta: the same decisions, and training goes on from them."""
+        self.beta.sub_(self.threshold.to(self.beta.dtype))
+        self.threshold.zero_()
+
+    def _normalize(self, hidden: Tensor) -> Tensor:
+        norm = self.norm
+        if not (self.training and norm.training) or type(norm) is not nn.BatchNorm1d:  # SyncBatchNorm, a user's own
+            return norm(hidden)
+        if processes() > 1:
+            return _norm_over_processes(norm, hidden)
+        if hidden.shape[0] > 1:
+            return norm(hidden)
+        return F.batch_norm(
+            hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+        )
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce, there and back: every process's loss depends on every process's value."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        value = value.clone()
+        distributed.all_reduce(value)
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        distributed.all_reduce(gradient)
+        return gradient
+
+
+def _norm_over_processes(norm: Any, hidden: Tensor) -> Tensor:
+    """BatchNorm over the batches of all processes; PyTorch's SyncBatchNorm does not run on a CPU."""
+    wide = hidden.double()  # E[h^2] - E[h]^2 loses the digits that both share
+    ones = torch.ones_like(wide[:, :1])
+    count, total, squares = _SumOverProcesses.apply(torch.cat([ones, wide, wide.square()], dim=1).sum(0)).split(
+        [1, norm.num_features, norm.num_features]
+    )
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp_min(0)
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        unbiased = variance * count / (count - 1).clamp_min(1)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), share)
+    normalized = ((wide - mean) * torch.rsqrt(variance + norm.eps)).to(hidden.dtype)
+    return normalized * norm.weight + norm.bias
 
 
 class _OpenValue(torch.autograd.Function):

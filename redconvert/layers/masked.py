@@ -169,10 +169,12 @@ def _only_full(weights: Tensor) -> bool:
 
 def add_rebuild_gradient(layer: DynamicConv, y: Tensor, weights: GateWeights, parameters, gradients) -> None:
     """Add to ``gradients``, whose tail belongs to ``parameters``, that of the closed candidates' rebuild loss."""
+    trained = [(i, p) for i, p in enumerate(parameters, start=len(gradients) - len(parameters)) if p.requires_grad]
+    if not trained:
+        return
     with torch.enable_grad():
         loss = layer.rebuild_loss(y, weights)
-    trained = [(i, p) for i, p in enumerate(parameters, start=len(gradients) - len(parameters)) if p.requires_grad]
-    if loss is None or not trained:
+    if loss is None:
         return
     extra = torch.autograd.grad(loss, [p for _, p in trained], allow_unused=True)
     for (i, _), gradient in zip(trained, extra, strict=True):

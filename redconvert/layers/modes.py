@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import RedconvertError
-from .conv import DynamicConv, Observation
+from .conv import DynamicConv, Forced, Observation
 
 __all__ = ["disabled", "dynamic_layers", "forced", "observed"]
 
@@ -35,15 +35,16 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def forced(
     model: nn.Module,
     *,
-    channel: int | Sequence[int] | Tensor | None = None,
-    temporal: int | Sequence[int] | Tensor | None = None,
+    channel: int | Sequence[int | None] | Tensor | None = None,
+    temporal: int | Sequence[int | None] | Tensor | None = None,
 ) -> Iterator[nn.Module]:
     """Take these candidates whatever the gates say: tests, benchmarks and what-if questions.
 
     Args:
         model: a converted network.
         channel: candidate index, 0 for all channels; one for all samples, or one per sample. A layer with
-            fewer candidates takes its cheapest, one without the axis ignores it. None leaves it to the gates.
+            fewer candidates takes its cheapest, one without the axis ignores it. None leaves it, or that sample,
+            to the gates.
         temporal: the same for frames.
 
     Raises:
@@ -55,7 +56,7 @@ def forced(
         ("channel", wanted[0], [len(layer.candidates.channels) for layer in layers.values()]),
         ("temporal", wanted[1], [len(layer.candidates.strides) for layer in layers.values()]),
     ):
-        highest = index if isinstance(index, int) else max(index or [0])
+        highest = max(_numbers(index))
         if highest > 0 and highest >= max(counts):
             raise RedconvertError(
                 f"forced({axis}={highest}): no layer has this candidate; the largest index is {max(counts) - 1}"
@@ -89,15 +90,21 @@ def _attributes(layers, **values: Any) -> Iterator[None]:
                 setattr(layer, name, value)
 
 
-def _indices(axis: str, value: int | Sequence[int] | Tensor | None) -> int | list[int] | None:
+def _indices(axis: str, value: int | Sequence[int | None] | Tensor | None) -> Forced:
     if isinstance(value, Tensor):
         value = value.tolist()
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        indices: int | list[int] | None = value
-    elif isinstance(value, Sequence) and value and all(isinstance(item, int) for item in value):
+        indices: Forced = value
+    elif isinstance(value, Sequence) and value and all(item is None or isinstance(item, int) for item in value):
         indices = list(value)
     else:
         raise RedconvertError(f"forced({axis}=...) takes an index or one index per sample, not {value!r}")
-    if min([indices] if isinstance(indices, int) else indices or [0]) < 0:
+    if min(_numbers(indices)) < 0:
         raise RedconvertError(f"forced({axis}={value!r}): candidates count from 0, which computes everything")
     return indices
+
+
+def _numbers(indices: Forced) -> list[int]:
+    """The indices that are named; [0] where there are none."""
+    listed = indices if isinstance(indices, list) else [indices]
+    return [index for index in listed if index is not None] or [0]

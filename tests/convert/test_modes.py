@@ -103,6 +103,83 @@ def test_per_sample(pair):
         assert torch.allclose(run(dynamic, CLIP)["out"], torch.cat(singles), rtol=1e-4, atol=1e-5)
 
 
+FOUR = torch.randn(4, *traps.X3[1:]) + torch.randn(4, 3, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("channel", "temporal"),
+    [([1, None, 0, None], None), ([None, 1, 1, 0], [0, None, 1, None]), (0, [None, None, 1, 0]), ([None] * 4, 1)],
+)
+def test_samples_that_are_left_to_their_gates(pair, channel, temporal):
+    """What each sample returns alone, forced or free."""
+    _, dynamic = pair
+    alone, decisions = [], []
+    rows = [[index] * 4 if not isinstance(index, list) else index for index in (channel, temporal)]
+    with observed(dynamic, lambda layer, seen: decisions.append(seen.decisions)):
+        for sample, (i, j) in enumerate(zip(*rows, strict=True)):
+            with forced(dynamic, channel=i, temporal=j):
+                alone.append(run(dynamic, FOUR[sample : sample + 1])["out"])
+        with forced(dynamic, channel=channel, temporal=temporal):
+            together = run(dynamic, FOUR)["out"]
+    assert torch.allclose(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    single = [[each for [each] in decisions[layer:8:2]] for layer in (0, 1)]
+    assert decisions[8:] == single
+    for layer in single:
+        for axis, wanted in enumerate(rows):
+            assert all(index in (None, decision[axis]) for index, decision in zip(wanted, layer, strict=True))
+
+
+def test_all_left_to_the_gates_is_no_mode_at_all(pair):
+    _, dynamic = pair
+    wanted = run(dynamic, FOUR)
+    with forced(dynamic, channel=[None] * 4, temporal=[None] * 4):
+        assert equal(run(dynamic, FOUR), wanted)
+    with forced(dynamic, channel=[None] * 4):
+        assert equal(run(dynamic, FOUR), wanted)
+
+
+def test_weights_of_free_and_forced_samples(pair):
+    """Free ones are the gate's, with its gradient; forced ones are 0 and 1, without."""
+    _, dynamic = pair
+    layer, seen = dynamic[0], []
+    with observed(layer, lambda _, observation: seen.append(observation.weights)):
+        layer(FOUR)
+        with forced(layer, channel=[None, 1, None, 0], temporal=[1, None, None, None]):
+            layer(FOUR)
+    free, mixed = seen
+    assert torch.equal(mixed.channel[[0, 2]], free.channel[[0, 2]])
+    assert torch.equal(mixed.temporal[1:], free.temporal[1:])
+    assert mixed.channel[[1, 3]].tolist() == [[0, 1], [1, 0]] and mixed.temporal[0].tolist() == [0, 1]
+    for rows, reached in (([1, 3], False), ([0, 2], True)):
+        (gradient,) = torch.autograd.grad(mixed.channel[rows, 0].sum(), layer.gate.beta, retain_graph=True)
+        assert bool(gradient.any()) == reached
+
+
+def test_frames_in_the_batch_are_forced_by_the_clip():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+    x = torch.randn(8, 3, 8, 8)
+    config = redconvert.ConvertConfig(num_frames=4, search_space=3, rules=[("*", {})])
+    dynamic = redconvert.convert(model, config, example_inputs=x)
+    seen = []
+    with observed(dynamic, lambda layer, observation: seen.append([tuple(d)[:2] for d in observation.decisions])):
+        with forced(dynamic, channel=[None, 2], temporal=[1, None]):
+            run(dynamic, x)
+        message = "8 channel candidates for 2 samples"
+        with pytest.raises(redconvert.RedconvertError, match=message), forced(dynamic, channel=[None] * 8):
+            run(dynamic, x)
+    assert seen == [[(0, 1), (2, 0)]] * 2
+
+
+@pytest.mark.parametrize("wrong", [[None, -1], [None, 2], [None, "1"], [0.5, None], []])
+def test_lists_that_are_refused(pair, wrong):
+    _, dynamic = pair
+    with pytest.raises(redconvert.RedconvertError, match="forced"), forced(dynamic, channel=wrong):
+        pass
+    message = "3 temporal candidates for 4 samples"
+    with pytest.raises(redconvert.RedconvertError, match=message), forced(dynamic, temporal=[None, 1, None]):
+        run(dynamic, FOUR)
+
+
 def test_observed(pair):
     _, dynamic = pair
     names = {layer: name for name, layer in dynamic_layers(dynamic).items()}

@@ -1,0 +1,97 @@
+"""Rebuilt channels get back the mean and variance that least squares took from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import DynamicConv
+from .statistics import sum_over_processes
+
+__all__ = ["MatchedVariance"]
+
+# Least squares keeps the explained share E of a channel's variance, so matching multiplies by E^-1/2. What explains
+# less than a quarter is noise, which is better left small.
+HIGHEST_SCALE = 2.0
+
+
+class MatchedVariance:
+    """Of one layer: ``a y + b`` for each rebuilt channel, such that its mean and variance are the dense network's.
+
+    A regression shrinks what it predicts towards the mean, layer after layer, and the norms behind expect the
+    dense network's variance. Layers are mended in the order in which they run: the forward hook below returns the
+    mended result, so each layer sees inputs that are right already, and one pass does for all.
+    """
+
+    def __init__(self, layer: DynamicConv) -> None:
+        self.layer = layer
+        counts = [layer.out_channels - kept for kept in layer.candidates.channels]
+        # Per candidate: count, sums and squares of dense and reduced, (1 + 4 D).
+        self.sums = {
+            i: torch.zeros(1 + 4 * dropped, dtype=torch.float64, device=layer.weight.device)
+            for i, dropped in enumerate(counts)
+            if i
+        }
+
+    def mend(self, out: Tensor, decisions: Sequence[int]) -> Tensor:
+        """Add one call's result and return it mended.
+
+        Args:
+            out: of the dense stream, then of the reduced one, both of as many samples.
+            decisions: channel candidate of each reduced sample.
+        """
+        cheap, layer = self.layer.cheap_c, self.layer
+        assert cheap is not None
+        dense, reduced = out.chunk(2)
+        mended = reduced.clone()
+        for i in set(decisions) - {0}:
+            samples = torch.tensor([n for n, each in enumerate(decisions) if each == i], device=out.device)
+            rows = _rows(samples, layer.frames_per_sample)
+            dropped = torch.arange(layer.out_channels, device=out.device)[cheap.dropped(i)]
+            wanted, found = (each.index_select(0, rows).index_select(1, dropped) for each in (dense, reduced))
+            self.sums[i] += torch.cat([_count(found), *_moments(wanted), *_moments(found)])
+            scale, shift = (each.to(out.dtype).view(-1, *(1,) * (out.dim() - 2)) for each in self._affine(i))
+            mended[rows[:, None], dropped] = found * scale + shift
+        return torch.cat([dense, mended])
+
+    def apply(self) -> None:
+        """Fold what was found into the cheap operations."""
+        assert self.layer.cheap_c is not None
+        for i, sums in self.sums.items():
+            sums.copy_(sum_over_processes(sums))
+            if sums[0] > 0:
+                op = self.layer.cheap_c.op(i)
+                scale, shift = (each.to(op.bias.dtype) for each in self._affine(i))
+                _rescale(op.weight, op.bias, scale, shift)
+
+    def _affine(self, index: int) -> tuple[Tensor, Tensor]:
+        sums = self.sums[index]
+        means = sums[1:] / sums[0]
+        wanted, wanted_square, found, found_square = means.chunk(4)
+        variances = [
+            (square - mean.square()).clamp_min(0) for mean, square in ((wanted, wanted_square), (found, found_square))
+        ]
+        tiny = torch.finfo(torch.float32).tiny
+        scale = ((variances[0] + tiny) / (variances[1] + tiny)).sqrt().clamp_max(HIGHEST_SCALE)
+        return scale, wanted - scale * found
+
+
+@torch.no_grad()
+def _rescale(weight: nn.Parameter, bias: nn.Parameter, scale: Tensor, shift: Tensor) -> None:
+    weight.mul_(scale.view(-1, *(1,) * (weight.dim() - 1)))
+    bias.mul_(scale).add_(shift)
+
+
+def _rows(samples: Tensor, frames: int) -> Tensor:
+    return (samples[:, None] * frames + torch.arange(frames, device=samples.device)).flatten()
+
+
+def _count(y: Tensor) -> Tensor:
+    return torch.tensor([y.numel() // y.shape[1]], dtype=torch.float64, device=y.device)
+
+
+def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    rows = y.transpose(0, 1).flatten(1).double()
+    return rows.sum(1), rows.square().sum(1)
