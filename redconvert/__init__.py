@@ -1,5 +1,6 @@
 """redconvert: turn a pretrained video or image network into one that decides, per input, how much to compute."""
 
+from .budget import Budget, clear_budget, keep_budget, set_budget
 from .calibrate import Calibration, calibrate
 from .checkpoint import from_pretrained, load_weights, save_pretrained
 from .config import ConvertConfig, LayerConfig
@@ -7,15 +8,19 @@ from .convert import Plan, convert, revert
 from .convert import make_plan as plan
 from .cost import Report, report
 from .errors import RedconvertError
+from .finetune import EfficiencyLoss, History, distillation_loss, finetune, frozen_original, parameter_groups
 from .layers import DynamicConv2d, DynamicConv3d, Recipe, disabled, forced, observed, register
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "Calibration",
     "ConvertConfig",
     "DynamicConv2d",
     "DynamicConv3d",
+    "EfficiencyLoss",
+    "History",
     "LayerConfig",
     "Plan",
     "Recipe",
@@ -23,15 +28,22 @@ __all__ = [
     "Report",
     "__version__",
     "calibrate",
+    "clear_budget",
     "convert",
     "disabled",
+    "distillation_loss",
+    "finetune",
     "forced",
     "from_pretrained",
+    "frozen_original",
+    "keep_budget",
     "load_weights",
     "observed",
+    "parameter_groups",
     "plan",
     "register",
     "report",
     "revert",
     "save_pretrained",
+    "set_budget",
 ]

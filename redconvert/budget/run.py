@@ -1,0 +1,265 @@
+"""`redconvert.set_budget`: one network, any budget, by moving the thresholds of its gates."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..cost.measure import count_samples, static_macs
+from ..errors import RedconvertError
+from ..finetune.loss import EfficiencyLoss
+from ..inputs import call_with, device_of, each_batch, evaluating, move_to, unwrapped
+from ..layers import DynamicConv, Observation, dynamic_layers, forced, observed
+from ..layers.gate import Gate
+from ..layers.macs import layer_macs
+from ..progress import Step, progress_bar
+from .allocate import Choice, allocate
+from .sensitivity import harms
+
+__all__ = ["Budget", "clear_budget", "keep_budget", "set_budget"]
+
+STEPS = 14  # of the bisection: the threshold is then known to 1/1000
+MARGIN = 0.25  # the least distance of a gate that always decides the same from its threshold
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What `set_budget` reached. Costs are shares of the dense network's multiply-adds.
+
+    Attributes:
+        asked: the budget.
+        mean, lowest, highest, std: of the executed cost over the samples.
+        by: "gates" or "layers".
+        samples: how many were measured.
+        threshold: by gates, what every gate was moved by.
+        harms: by layers, the expected divergence of the answer that each layer's choice causes alone.
+    """
+
+    asked: float
+    mean: float
+    lowest: float
+    highest: float
+    std: float
+    by: str
+    samples: int
+    threshold: float | None = None
+    harms: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean:.1%} of the dense MACs on average over {self.samples} samples (asked: {self.asked:.1%}), "
+            f"{self.lowest:.1%} to {self.highest:.1%}, standard deviation {self.std:.1%}, set by {self.by}"
+        )
+
+
+def set_budget(
+    dynamic: nn.Module,
+    budget: float,
+    batches: Any,
+    *,
+    by: Literal["auto", "gates", "layers"] = "auto",
+    progress: bool = False,
+) -> Budget:
+    """Move the gates' thresholds so that the average executed MACs meet a budget. Nothing is trained.
+
+    - ``by="gates"``, for a network whose gates were finetuned: one number is subtracted from what every gate says of
+      all but the cheapest candidates, found by bisection. Inputs keep their different costs: one network gives
+      the whole curve of accuracy against cost.
+    - ``by="layers"``, for one that was only calibrated: each layer gets one decision for all inputs, such that
+      the answers change least for the budget (`redconvert.budget.harms`). No input can change it, yet untrained
+      gates end nearer to their thresholds than at conversion, so that finetuning can go on from there.
+
+    The thresholds are a buffer, saved with the network; another call replaces them, `clear_budget` removes them.
+
+    Args:
+        dynamic: what `redconvert.convert` returned, in place.
+        budget: wished average of executed over dense MACs of the whole network, in (0, 1].
+        batches: unlabelled; an iterable that can be read several times.
+        by: "auto" takes "layers" where every gate decides the same for all inputs.
+        progress: show a bar (needs rich).
+
+    Returns:
+        What was reached, and how it spreads over inputs.
+
+    Raises:
+        RedconvertError: a budget below what the search space allows (the message says what it is), no batches, an
+            iterator that can be read only once; thresholds are then as they were.
+    """
+    if not isinstance(budget, int | float) or not 0 < budget <= 1:
+        raise RedconvertError(f"budget={budget!r} must be a share of the dense MACs in (0, 1]")
+    if by not in ("auto", "gates", "layers"):
+        raise RedconvertError(f"by must be 'auto', 'gates' or 'layers', not {by!r}")
+    if isinstance(batches, Iterator):
+        raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
+    dynamic = unwrapped(dynamic)
+    layers = dynamic_layers(dynamic)
+    with _undone_on_error(layers), ExitStack() as stack:
+        stack.enter_context(forced(dynamic))  # nothing is: gates decide
+        step = stack.enter_context(progress_bar(progress, "Setting the budget"))
+        meter = EfficiencyLoss(dynamic)
+        stack.callback(meter.close)
+        meter.static_macs = static_macs(dynamic, move_to(next(each_batch(batches)), device_of(dynamic)))
+        run = _Run(dynamic, layers, batches, meter, step)
+        clear_budget(dynamic)
+        if by == "auto":
+            by = "layers" if run.is_constant() else "gates"
+        return run.by_gates(budget) if by == "gates" else run.by_layers(budget)
+
+
+def clear_budget(dynamic: nn.Module) -> None:
+    """Put every threshold back to 0: gates decide as they were trained to."""
+    for layer in dynamic_layers(dynamic).values():
+        layer.gate.threshold.zero_()
+
+
+def keep_budget(dynamic: nn.Module) -> None:
+    """Make the present thresholds part of the gates' own bias, as before training in a loop of your own.
+
+    Decisions stay as they are; the next `set_budget` and `clear_budget` then start from here. `redconvert.finetune`
+    does it by itself.
+    """
+    for layer in dynamic_layers(dynamic).values():
+        layer.gate.keep_thresholds()
+
+
+class _Run:
+    """Passes over the batches that know what each sample costs."""
+
+    def __init__(
+        self, model: nn.Module, layers: dict[str, DynamicConv], batches: Any, meter: EfficiencyLoss, step: Step
+    ) -> None:
+        self.model, self.layers, self.batches, self.meter, self.step = model, layers, batches, meter, step
+
+    def costs(self, listener: Callable[[DynamicConv, Observation], None] = lambda layer, seen: None) -> Tensor:
+        """Executed share of every sample, under the present thresholds."""
+        found, seen = [], []
+        with evaluating(self.model), observed(self.model, listener), observed(self.model, lambda _, o: seen.append(o)):
+            for batch in each_batch(self.batches):
+                seen.clear()
+                inputs = move_to(batch, device_of(self.model))
+                call_with(self.model, inputs)
+                found.append(self.meter.cost(count_samples(inputs, next(iter(seen), None))).cpu().double())
+        self.step()
+        return torch.cat(found)
+
+    def is_constant(self) -> bool:
+        decisions: dict[DynamicConv, set[Any]] = {}
+        self.costs(lambda layer, seen: decisions.setdefault(layer, set()).update(seen.decisions))
+        return all(len(each) == 1 for each in decisions.values())
+
+    # -- one threshold for all gates -------------------------------------------------------------------
+
+    def by_gates(self, budget: float) -> Budget:
+        widest = max(
+            float((layer.gate.beta.detach().abs() + _reach(layer.gate)).max()) for layer in self.layers.values()
+        )
+        lowest = self._shifted(widest)
+        if lowest.mean() > budget:
+            raise self._too_low(budget, float(lowest.mean()))
+        low, high, costs = -widest, widest, lowest
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            found = self._shifted(middle)
+            if found.mean() > budget:
+                low = middle
+            else:
+                high, costs = middle, found
+        self._shift(high)
+        return self._result(budget, costs, by="gates", threshold=high)
+
+    def _shifted(self, by: float) -> Tensor:
+        self._shift(by)
+        return self.costs()
+
+    def _shift(self, by: float) -> None:
+        for layer in self.layers.values():
+            for axis in ("channel", "temporal"):
+                layer.gate.thresholds(axis)[:-1] = by
+
+    # -- one decision per layer ------------------------------------------------------------------------
+
+    def by_layers(self, budget: float) -> Budget:
+        calls: dict[str, list[Observation]] = {}
+        names = {layer: name for name, layer in self.layers.items()}
+        samples = len(self.costs(lambda layer, seen: calls.setdefault(names[layer], []).append(seen)))
+        macs = {name: self._macs(name, seen, samples) for name, seen in calls.items()}
+        dense = self.meter.static_macs + sum(whole for whole, _ in macs.values())
+        least = self.meter.static_macs + sum(min(table.values()) for _, table in macs.values())
+        if least > budget * dense:
+            raise self._too_low(budget, least / dense)
+        effects = harms(self.model, self.batches)
+        self.step()
+        options = {
+            name: [Choice(i, j, float(effects[name][i, j]), cost) for (i, j), cost in table.items()]
+            for name, (_, table) in macs.items()
+        }
+        chosen = allocate(options, budget * dense - self.meter.static_macs)
+        for name, choice in chosen.items():
+            _decide(self.layers[name].gate, choice)
+        found = {name: choice.harm / 2 for name, choice in chosen.items()}  # half the square: the divergence
+        return self._result(budget, self.costs(), by="layers", harms=found)
+
+    def _macs(self, name: str, calls: list[Observation], samples: int) -> tuple[float, dict[tuple[int, int], float]]:
+        """Per sample, over all calls of a layer: dense, and by decision."""
+        layer, dense = self.layers[name], 0.0
+        counts = len(layer.candidates.channels), len(layer.candidates.strides)
+        table = dict.fromkeys(((i, j) for i in range(counts[0]) for j in range(counts[1])), 0.0)
+        for seen in calls:
+            each, share = layer_macs(layer, seen.input_shape, seen.output_shape), len(seen.decisions) / samples
+            dense += each.dense * share
+            for i, j in table:
+                table[i, j] += each.executed(i, j) * share
+        return dense, table
+
+    # -- results ---------------------------------------------------------------------------------------
+
+    def _result(self, asked: float, costs: Tensor, **more: Any) -> Budget:
+        mean, low, high = float(costs.mean()), float(costs.min()), float(costs.max())
+        std = float(costs.std()) if len(costs) > 1 else 0.0
+        return Budget(asked, mean, low, high, std, samples=len(costs), **more)
+
+    def _too_low(self, budget: float, least: float) -> RedconvertError:
+        least = math.ceil(least * 1e4) / 1e4  # upwards: a budget of what is printed is met
+        return RedconvertError(
+            f"budget={budget:g} is below the least that this network can cost, {least:.4f} of its dense MACs: ask for "
+            f"more, or convert with a larger search_space or fewer layers skipped"
+        )
+
+
+def _reach(gate: Gate) -> Tensor:
+    """What the input can move each gate away from beta, and a margin: tanh bounds what FC2 reads to [-1, 1]."""
+    return gate.fc2.weight.detach().abs().sum(1) + MARGIN
+
+
+@torch.no_grad()
+def _decide(gate: Gate, choice: Choice) -> None:
+    """Thresholds under which every input opens this candidate alone, as near to the gates as they may come."""
+    reach = _reach(gate)
+    for axis, index in (("channel", choice.channel), ("temporal", choice.temporal)):
+        thresholds = gate.thresholds(axis)
+        thresholds.copy_(gate.axis(axis, gate.beta + reach))
+        thresholds[index : index + 1] = gate.axis(axis, gate.beta - reach)[index : index + 1]
+
+
+@contextmanager
+def _undone_on_error(layers: dict[str, DynamicConv]) -> Iterator[None]:
+    before = {layer: layer.gate.threshold.clone() for layer in layers.values()}
+    try:
+        yield
+    except BaseException:
+        for layer, threshold in before.items():
+            layer.gate.threshold.copy_(threshold)
+        raise
