@@ -39,7 +39,7 @@ format: $(VENV)/.ready-test
 
 # make bench    the figures of the README, written to benchmarks/results/
 bench: $(VENV)/.ready-test
-	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/training_cost.py
 	$(BIN)/python benchmarks/conversion.py
 
 # make clean    remove the virtual environment and what was built

@@ -11,7 +11,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) >= 2
+    assert len(blocks) >= 3
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
@@ -24,12 +24,16 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
         def forward(self, x):
             return self.body(self.stem(x)).mean((2, 3, 4))
 
-    names = {"model": Network().eval(), "clips": torch.randn(2, 3, 8, 12, 12)}
+    clips = torch.randn(2, 3, 8, 12, 12)
+    train = [(clips, torch.tensor([0, 31])), (clips.flip(0), torch.tensor([31, 0]))]
+    names = {"model": Network().eval(), "clips": clips, "train": train, "torch": torch, "F": nn.functional}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
+        if "revert" in block:
+            assert type(names["dynamic"].body[0]) is nn.Conv3d
     assert "MACs dense" in capsys.readouterr().out
     assert (tmp_path / "folder" / "config.json").is_file()
-    assert type(names["dynamic"].body[0]) is nn.Conv3d  # reverted by the last line
+    assert len(names["history"].steps) == 4 and names["efficiency"].costs.shape == (2,)
 
 
 def test_links_lead_to_files():

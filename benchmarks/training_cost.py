@@ -1,7 +1,7 @@
 """Training step of a dynamic network against the dense one: time and peak memory.
 
-    python benchmarks/training_step.py                      # the setting of the README
-    python benchmarks/training_step.py --steps 3 --size 56  # quick
+    python benchmarks/training_cost.py                      # the setting of the README
+    python benchmarks/training_cost.py --steps 3 --size 56  # quick
 
 R(2+1)D-18 on random clips, SGD with momentum. Time: all networks in turn in one process (A B C A B C ...),
 medians. Memory: a process per network and state, its peak resident size over what it held before the
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=112)
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each network")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training_step.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training_cost.json")
     parser.add_argument("--memory-of", choices=STATES, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,0 +1,241 @@
+"""I3D on J-HMDB: dynamic against dense at equal epochs, and what calibration alone keeps of its answers.
+
+    python benchmarks/jhmdb_i3d.py --agreement      # Kinetics weights, no training: same top-1 for fewer MACs
+    python benchmarks/jhmdb_i3d.py                  # finetuned on split 1
+    python benchmarks/jhmdb_i3d.py --base-epochs 1 --epochs 1 --per-class 4 --rows dense "both 0.6"   # quick
+
+I3D with its Kinetics weights gets a new head and is finetuned for ``--base-epochs``: the network that a user
+would bring. Every row then goes on from it for ``--epochs`` with the same schedule: dense, or dynamic with gates on
+channels, frames or both. JSON is written after every row; a row that is in it already is not run again. Data:
+``$REDCONVERT_DATA``, or ``../shared/data``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, environment, write
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from training import train
+
+import redconvert
+from redconvert import zoo
+from redconvert.data import JHMDB, motion
+from redconvert.evaluate import clip_1, rank_correlation, spread_of_macs, video_1
+
+CALIBRATION_CLIPS = 64
+# name: (axes, target of the loss, its weight, share of the teacher)
+ROWS: dict[str, tuple[str, float | None, float, float] | None] = {
+    "dense": None,
+    "both 0.6": ("both", 0.6, 20.0, 0.5),
+    "channel 0.6": ("channel", 0.6, 20.0, 0.5),
+    "temporal 0.6": ("temporal", 0.6, 20.0, 0.5),
+    "both 0.6, no labels": ("both", 0.6, 20.0, 1.0),
+    "both, no efficiency loss": ("both", 0.6, 0.0, 0.5),
+    "both, Eq. 6": ("both", None, 0.8, 0.5),
+}
+
+
+class Setting:
+    """Data, and the network that rows start from."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        shape = {"num_frames": arguments.frames, "size": arguments.size, "step": arguments.step}
+        shared = {**shape, "cache": True, "progress": True, "per_class": arguments.per_class}
+        self.train = JHMDB(split="train", **shared)
+        self.test = JHMDB(split="test", **shared)
+        torch.manual_seed(arguments.seed)
+        chosen = torch.randperm(len(self.train))[:CALIBRATION_CLIPS].tolist()
+        centre = copy.copy(self.train)
+        centre.clips = "center"
+        self.calibration = list(torch.stack([centre[i][0] for i in chosen]).split(8))
+        self.base = zoo.create("i3d_kinetics", num_classes=len(self.train.classes), weights="KINETICS400")
+
+    def loader(self) -> DataLoader:
+        return DataLoader(self.train, self.arguments.batch, shuffle=True, drop_last=True)
+
+    def fit(self, model: nn.Module, epochs: int, **options: Any) -> list[dict[str, float]]:
+        torch.manual_seed(self.arguments.seed)
+        rates = {"lr": self.arguments.lr, "gate_lr": self.arguments.gate_lr}
+        return train(model, self.loader(), epochs=epochs, freeze_norms=True, **{**rates, **options})
+
+
+def dynamic_from(base: nn.Module, axes: str, budget: float, calibration: list[Tensor]) -> nn.Module:
+    """Converted, calibrated, and set to a budget: the start of every dynamic row."""
+    config = redconvert.ConvertConfig(cheap="pointwise", channel=axes != "temporal", temporal=axes != "channel")
+    dynamic = redconvert.convert(base, config, example_inputs=calibration[0][:1])
+    redconvert.calibrate(dynamic, calibration, rounds=0)
+    redconvert.set_budget(dynamic, budget, calibration[:3])
+    redconvert.calibrate(dynamic, calibration, rounds=1, decisions="gates")
+    redconvert.keep_budget(dynamic)
+    return dynamic
+
+
+# -- training ------------------------------------------------------------------------------------------
+
+
+def prepare(setting: Setting, result: dict[str, Any]) -> None:
+    """Finetune the base, or read it back from a run before."""
+    file = setting.arguments.work / "base.pt"
+    if file.exists() and "base" in result:
+        setting.base.load_state_dict(torch.load(file, weights_only=True))
+        setting.base.eval()
+        return
+    epochs = setting.fit(setting.base, setting.arguments.base_epochs, lr=setting.arguments.base_lr)
+    result["base"] = {"epochs": epochs, "clip_1": clip_1(setting.base, setting.test).top1}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(setting.base.state_dict(), file)
+
+
+def run(setting: Setting, name: str) -> dict[str, Any]:
+    begin, options = time.perf_counter(), ROWS[name]
+    if options is None:
+        model = copy.deepcopy(setting.base)
+        row: dict[str, Any] = {"epochs": setting.fit(model, setting.arguments.epochs, teacher=setting.base)}
+        row |= {"share_of_dense_macs": 1.0}
+    else:
+        axes, target, weight, distill = options
+        model = dynamic_from(setting.base, axes, target or 1.0, setting.calibration)
+        row = {"start": {"clip_1": clip_1(model, setting.test).top1, **costs(model, setting)}}
+        row["epochs"] = setting.fit(
+            model, setting.arguments.epochs, teacher=setting.base, distill=distill, weight=weight, target=target
+        )
+        row |= costs(model, setting)
+    row["clip_1"] = clip_1(model, setting.test).top1
+    if name in setting.arguments.video:
+        row["video_1"] = video_1(model, setting.test, num_clips=2, num_crops=3).top1
+    row["seconds"] = round(time.perf_counter() - begin, 1)
+    return row
+
+
+def costs(model: nn.Module, setting: Setting) -> dict[str, Any]:
+    """Executed MACs over the test clips, and how they go with motion."""
+    clips = [torch.stack([setting.test[i][0] for i in index]) for index in torch.arange(len(setting.test)).split(8)]
+    found = spread_of_macs(model, clips)
+    moving = torch.cat([motion(each) for each in clips])
+    whole = float(found.dense.mean())
+    shares = {key: round(getattr(found, key) / whole, 4) for key in ("min", "max", "std")}
+    correlation = rank_correlation(found.macs, moving)
+    names = setting.test.names
+    return {
+        "share_of_dense_macs": round(found.mean / whole, 4),
+        "spread": shares,
+        "rank_correlation_with_motion": None if correlation != correlation else round(correlation, 3),
+        "cheapest": [names[i] for i in found.cheapest(3)],
+        "dearest": [names[i] for i in found.dearest(3)],
+    }
+
+
+# -- no training ---------------------------------------------------------------------------------------
+
+
+def agreement(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Kinetics weights, channels only, several budgets: how many top-1 answers stay as they were."""
+    shape = {"num_frames": 16, "size": 160, "step": 2}
+    test = JHMDB(split="test", clips="center", per_class=4, **shape)
+    train_clips = JHMDB(split="train", clips="center", per_class=3, **shape)
+    chosen = torch.randperm(len(train_clips))[:CALIBRATION_CLIPS].tolist()
+    calibration = list(torch.stack([train_clips[i][0] for i in chosen]).split(8))
+    clips = list(torch.stack([test[i][0] for i in range(len(test))]).split(8))
+    base = zoo.create("i3d_kinetics", weights="KINETICS400").eval()
+    wanted = answers(base, clips)
+    config = redconvert.ConvertConfig(cheap="pointwise", temporal=False)
+    begin = time.perf_counter()
+    dense_pass = _seconds(lambda: answers(base, calibration))
+    dynamic = redconvert.convert(base, config, example_inputs=clips[0][:1])
+    calibration_s = redconvert.calibrate(dynamic, calibration, rounds=0).seconds
+    rows = {}
+    for budget in (0.9, 0.85, 0.8, 0.75, 0.7, 0.6):
+        again = copy.deepcopy(dynamic)
+        redconvert.set_budget(again, budget, calibration[:3])
+        plain = answers(again, clips)
+        redconvert.calibrate(again, calibration, rounds=1, decisions="gates")
+        share = spread_of_macs(again, clips[:1])
+        rows[budget] = {
+            "agreement": round(float((answers(again, clips) == wanted).float().mean()), 4),
+            "agreement_before_recalibration": round(float((plain == wanted).float().mean()), 4),
+            "share_of_dense_macs": round(share.mean / float(share.dense.mean()), 4),
+        }
+        print(budget, rows[budget], flush=True)
+    times = {"dense_pass_s": round(dense_pass, 1), "calibration_one_pass_s": round(calibration_s, 1)}
+    return {
+        "what": agreement.__doc__,
+        "clips": len(test),
+        "input": [3, 16, 160, 160],
+        "rows": rows,
+        **times,
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def answers(model: nn.Module, clips: list[Tensor]) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(each).argmax(1) for each in clips])
+
+
+def _seconds(call: Any) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+# -- all rows ------------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--agreement", action="store_true", help="no training; Kinetics classes")
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--step", type=int, default=2, help="every how many-th frame of the video")
+    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--base-epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=0.002)
+    parser.add_argument("--base-lr", type=float, default=0.005)
+    parser.add_argument("--gate-lr", type=float, default=0.05)
+    parser.add_argument("--per-class", type=int, help="only so many clips of each class")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--video", nargs="*", default=["dense", "both 0.6"], help="rows to measure video-1 of")
+    parser.add_argument("--work", type=Path, default=Path("jhmdb-work"), help="folder for the finetuned base")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.manual_seed(arguments.seed)
+    if arguments.agreement:
+        write(agreement(arguments) | environment(arguments.seed), arguments.out or RESULTS / "i3d_agreement.json")
+        return
+    out = arguments.out or RESULTS / "jhmdb_i3d.json"
+    keys = ("frames", "step", "size", "batch", "base_epochs", "epochs", "base_lr", "lr", "gate_lr", "per_class", "seed")
+    schedule = {key: getattr(arguments, key) for key in keys}
+    result = json.loads(out.read_text()) if out.exists() else {}
+    if result.get("schedule") != schedule:
+        result = {"what": __doc__.split("\n")[0], "schedule": schedule, "rows": {}}
+    setting = Setting(arguments)
+    prepare(setting, result)
+    write(result, out)
+    print(f"base: clip-1 {result['base']['clip_1']:.1%}", flush=True)
+    for name in arguments.rows:
+        if name not in result["rows"]:
+            result["rows"][name] = run(setting, name)
+            write(result | environment(arguments.seed), out)
+            print(
+                f"{name:<28} {json.dumps({k: v for k, v in result['rows'][name].items() if k != 'epochs'})}", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

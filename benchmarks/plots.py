@@ -1,0 +1,37 @@
+"""Pictures of benchmark results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+MARKERS = {"dense": "s", "half": "v", "dynamic": "o", "depgraph": "x", "magnitude": "+"}
+
+
+def accuracy_against_macs(result: dict[str, Any], path: Path) -> None:
+    """Every row of a benchmark at the MACs that it executed; the budget curves of dynamic networks as lines."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.axhline(100 * result["original"]["accuracy"], color="gray", linestyle=":", label="pretrained, not finetuned")
+    colors = iter(pyplot.get_cmap("tab20").colors)
+    for name, row in result["summary"].items():
+        marker = next((m for kind, m in MARKERS.items() if name.startswith(kind)), "o")
+        color = next(colors)
+        axes.errorbar(
+            [100 * row["share_of_dense_macs"]],
+            [100 * row["accuracy"]],
+            yerr=None if row["std"] is None else [100 * row["std"]],
+            marker=marker, color=color, linestyle="none", label=name,
+        )  # fmt: skip
+        curve = next(iter(result["rows"][name].values())).get("curve")
+        if curve:
+            points = sorted((100 * p["share_of_dense_macs"], 100 * p["accuracy"]) for p in curve.values())
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=0.7)
+    schedule = result["schedule"]
+    axes.set(xlabel="executed MACs, % of the dense network's", ylabel="right answers on the test set, %")
+    axes.set_title(f"{schedule['network']}, {schedule['epochs']} epochs of {schedule['images']:,} images", loc="left")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
