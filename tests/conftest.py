@@ -1,4 +1,4 @@
-"""What all tests share: where the real data and weights are, and the reason for a skip where they are not."""
+"""What all tests share: threads, a seed, where the real data and weights are, and the reason for a skip where they are not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,24 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Folders whose networks are so small that more threads only make them slower where cores are shared.
+SMALL = ("layers", "convert", "calibrate", "budget", "finetune")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread(request: pytest.FixtureRequest):
+    threads = torch.get_num_threads()
+    if request.path.parent.name in SMALL:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 def pytest_configure(config: pytest.Config) -> None:
