@@ -18,16 +18,17 @@ from common import RESULTS, environment, write
 
 import redconvert
 
-# name: (cheap operation, calibration images, rounds; None: not calibrated)
+# name: (cheap operation, calibration images, rounds, matched variance); rounds None: not calibrated
 ROWS = {
-    "first half, depthwise (not calibrated)": ("depthwise", 0, None),
-    "first half, pointwise (not calibrated)": ("pointwise", 0, None),
-    "greedy, scale, one pass": ("scale", 1000, 0),
-    "greedy, pointwise, one pass": ("pointwise", 1000, 0),
-    "greedy, pointwise, 1 round": ("pointwise", 1000, 1),
-    "greedy, pointwise, 3 rounds": ("pointwise", 1000, 3),
-    "greedy, pointwise, 3 rounds, 100 images": ("pointwise", 100, 3),
-    "greedy, auto, 3 rounds": ("auto", 1000, 3),
+    "first half, depthwise (not calibrated)": ("depthwise", 0, None, False),
+    "greedy, pointwise, one pass": ("pointwise", 1000, 0, False),
+    "greedy, pointwise, 3 rounds": ("pointwise", 1000, 3, False),
+    "greedy, pointwise, matched variance": ("pointwise", 1000, 0, True),
+    "greedy, pointwise, 1 round, matched variance": ("pointwise", 1000, 1, True),
+    "greedy, pointwise, 3 rounds, matched variance": ("pointwise", 1000, 3, True),
+    "greedy, pointwise, 3 rounds, matched variance, 100 images": ("pointwise", 100, 3, True),
+    "greedy, scale, matched variance": ("scale", 1000, 0, True),
+    "greedy, auto, 3 rounds, matched variance": ("auto", 1000, 3, True),
 }
 
 
@@ -52,20 +53,20 @@ def main() -> None:
         "rows": {},
         **environment(arguments.seed),
     }
-    for name, (cheap, count, rounds) in ROWS.items():
+    for name, (cheap, count, rounds, match) in ROWS.items():
         config = redconvert.ConvertConfig(rules=[("*shortcut*", None), ("*", {"cheap": cheap, "temporal": False})])
         dynamic = redconvert.convert(model, config, example_inputs=test[:1])
         row: dict[str, float] = {}
         if rounds is not None:
             batches = list(train[chosen[:count]].split(100))
-            row["calibration_s"] = round(redconvert.calibrate(dynamic, batches, rounds=rounds).seconds, 1)
+            row["calibration_s"] = round(redconvert.calibrate(dynamic, batches, rounds=rounds, match=match).seconds, 1)
         with redconvert.forced(dynamic, channel=1):
             row["accuracy"] = accuracy(dynamic, test, labels)
             macs = redconvert.report(dynamic, test[:1], time=False)
         row["share_of_dense_macs"] = round(macs.executed_macs / macs.dense_macs, 4)
         result["rows"][name] = row
         write(result, arguments.out)
-        print(f"{name:<45} {row['accuracy']:.2%} at {row['share_of_dense_macs']:.1%} of the MACs", flush=True)
+        print(f"{name:<58} {row['accuracy']:.2%} at {row['share_of_dense_macs']:.1%} of the MACs", flush=True)
 
 
 def _dense_pass(model: torch.nn.Module, pixels: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What all tests share: threads, a seed, where the real data and weights are, and the reason for a skip where they are not."""
+"""What all tests share: threads, a seed, and where the real data and weights are."""
 
 from __future__ import annotations
 
