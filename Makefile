@@ -23,7 +23,7 @@ test: $(VENV)/.ready-test lint
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 # make test-all    everything, the long checks included
-test-all: $(VENV)/.ready-test lint
+test-all: $(VENV)/.ready-notebooks lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # make lint    style and types, nothing is changed
@@ -54,5 +54,9 @@ $(VENV)/.ready-demo: pyproject.toml
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready-demo
-	$(BIN)/python -m pip install --quiet --editable '.[video,zoo,plot,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[video,zoo,train,plot,test]'
+	touch $@
+
+$(VENV)/.ready-notebooks: $(VENV)/.ready-test
+	$(BIN)/python -m pip install --quiet --editable '.[video,zoo,train,plot,notebooks,test]'
 	touch $@

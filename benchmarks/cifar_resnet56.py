@@ -191,7 +191,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=10_000, help="training images")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.03)
-    parser.add_argument("--gate-lr", type=float, default=0.05)
+    parser.add_argument("--gate-lr", type=float, default=0.005)
     parser.add_argument("--efficiency", type=float, default=20.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help="names, or their beginnings")

@@ -202,7 +202,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--base-lr", type=float, default=0.005)
-    parser.add_argument("--gate-lr", type=float, default=0.05)
+    parser.add_argument("--gate-lr", type=float, default=0.005)
     parser.add_argument("--per-class", type=int, help="only so many clips of each class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
