@@ -63,7 +63,7 @@ def half(setting: Setting, cheap: str, calibrated: bool) -> Candidate:
     """Every 3x3 convolution at half of its channels, for every input."""
     dynamic = setting.convert(cheap=cheap, search_space=2)
     if calibrated:
-        redconvert.calibrate(dynamic, setting.calibration)
+        redconvert.calibrate(dynamic, setting.calibration, rounds=3)
     return Candidate(dynamic, partial(redconvert.forced, dynamic, channel=1))
 
 

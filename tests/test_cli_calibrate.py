@@ -116,7 +116,7 @@ def test_videos_give_what_python_gives(run):
 def test_images_and_the_table(run):
     code, out, _ = run(*IMAGE, "--batch-size", 3, "--mean", "0.5", "--std", "0.5,0.25,0.5", "--plot", "bars.png")
     assert code == 0
-    assert "4 samples of 3x16x16 from 4 files" in out and "mean 0.5,0.5,0.5 and std 0.5,0.25,0.5; 3 rounds" in out
+    assert "4 samples of 3x16x16 from 4 files" in out and "mean 0.5,0.5,0.5 and std 0.5,0.25,0.5; 0 rounds" in out
     assert "16/8" in out and "32/16" in out and out.count("%") == 2
     assert Path("bars.png").read_bytes().startswith(b"\x89PNG") and Path("saved/config.json").is_file()
 

@@ -45,7 +45,7 @@ def calibrate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Clips or images, spread over the files.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Of them at once.")] = 8,
-    rounds: Annotated[int, typer.Option(min=0, help="Of correction against the reduced network.")] = 3,
+    rounds: Annotated[int, typer.Option(min=0, help="Of correction against the reduced network.")] = 0,
     step: Annotated[int, typer.Option(min=1, help="From frame to frame of a clip, in 25ths of a second.")] = 1,
     mean: Annotated[
         str | None, typer.Option(help="Of each colour, for values in [0, 1]: 0.5,0.5,0.5.", show_default="the model's")
