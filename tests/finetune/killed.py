@@ -1,7 +1,6 @@
 """A finetuning run that ends itself, without a word, before a given batch or while it writes its state.
 
-``python killed.py FOLDER,SAVE_EVERY,WORKERS,MOMENT ...``: every argument is a run in a process of its own, forked
-here, as imports are what takes time. Its moment is a batch or write:COUNT.
+``python killed.py FOLDER SAVE_EVERY WORKERS MOMENT``; the moment is a batch or write:COUNT.
 """
 
 from __future__ import annotations
