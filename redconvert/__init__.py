@@ -7,6 +7,7 @@ from .config import ConvertConfig, LayerConfig
 from .convert import Plan, convert, revert
 from .convert import make_plan as plan
 from .cost import Report, report
+from .deploy import Deployed, deploy
 from .errors import RedconvertError
 from .finetune import EfficiencyLoss, History, distillation_loss, finetune, frozen_original, parameter_groups
 from .layers import DynamicConv2d, DynamicConv3d, Recipe, disabled, forced, observed, register
@@ -17,6 +18,7 @@ __all__ = [
     "Budget",
     "Calibration",
     "ConvertConfig",
+    "Deployed",
     "DynamicConv2d",
     "DynamicConv3d",
     "EfficiencyLoss",
@@ -30,6 +32,7 @@ __all__ = [
     "calibrate",
     "clear_budget",
     "convert",
+    "deploy",
     "disabled",
     "distillation_loss",
     "finetune",

@@ -122,9 +122,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network without what torch.compile and parallel training put around it."""
+    """The network without what torch.compile, parallel training and `redconvert.deploy` put around it."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "deployed_from", None)
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             inner = model.module
         if not isinstance(inner, nn.Module):

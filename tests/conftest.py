@@ -10,7 +10,7 @@ import pytest
 import torch
 
 # Folders whose networks are so small that more threads only make them slower where cores are shared.
-SMALL = ("layers", "convert", "calibrate", "budget", "finetune")
+SMALL = ("layers", "convert", "calibrate", "budget", "deploy", "finetune")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from ..errors import RedconvertError
 from ..inputs import as_arguments
 
-__all__ = ["ConvFacts", "Trace", "trace"]
+__all__ = ["ConvFacts", "LayerTracer", "Trace", "symbolic", "trace"]
 
 Conv = nn.Conv2d | nn.Conv3d
 Shape = tuple[int, ...]
@@ -114,7 +114,7 @@ def _trace(model: nn.Module, example_inputs: Any) -> Trace:
     names = {module: name for name, module in twin.named_modules() if isinstance(module, nn.Conv2d | nn.Conv3d)}
     result = Trace("module tree")
     try:
-        _read_graph(result, twin, "", _symbolic(twin), names)
+        _read_graph(result, twin, "", symbolic(twin), names)
         result.source = "fx"
     except Exception as error:
         result.problem = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
@@ -146,7 +146,7 @@ def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, bool]:
 # -- fx ------------------------------------------------------------------------------------------------
 
 
-class _LayerTracer(fx.Tracer):
+class LayerTracer(fx.Tracer):
     """Keeps convolutions and norms whole, also subclasses outside torch.nn, and what timm asks to keep whole."""
 
     def __init__(self) -> None:
@@ -159,11 +159,11 @@ class _LayerTracer(fx.Tracer):
         return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _symbolic(module: nn.Module) -> fx.Graph:
+def symbolic(module: nn.Module) -> fx.Graph:
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         raise TypeError("the network is a single convolution")  # fx would look inside it
     with _untouched(module):  # a forward that stores what it computes stores proxies
-        return _LayerTracer().trace(module)
+        return LayerTracer().trace(module)
 
 
 @contextmanager
@@ -199,7 +199,7 @@ def _read_parts(result: Trace, module: nn.Module, prefix: str, names: dict[Any, 
             if isinstance(child, nn.ModuleList | nn.ModuleDict):
                 raise TypeError("has no forward of its own")
             part = Trace("")
-            _read_graph(part, child, f"{path}.", _symbolic(child), names)
+            _read_graph(part, child, f"{path}.", symbolic(child), names)
         except Exception:
             _read_parts(result, child, f"{path}.", names)
             continue

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..inputs import as_arguments, evaluating
+from ..inputs import as_arguments, evaluating, unwrapped
 from ..layers import DynamicConv, disabled
 from .handles import HANDLES, may_multiply
 
@@ -52,6 +52,7 @@ def dense_macs(model: nn.Module, example_inputs: Any) -> DenseMacs:
         example_inputs: a tuple is the positional arguments, a dict with string keys the keyword
             arguments, anything else the one argument.
     """
+    model = unwrapped(model)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if any(isinstance(module, DynamicConv) for module in model.modules()):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import RedconvertError
 from ..files import write_text_atomic
-from ..inputs import device_of, each_batch, evaluating, move_to
+from ..inputs import device_of, each_batch, evaluating, move_to, unwrapped
 from ..layers import DynamicConv, dynamic_layers
 from .clock import share
 from .measure import LayerRecord, MacsMeter, Stopwatch, describe_environment
@@ -201,7 +201,7 @@ def _assemble(
     reports = tuple(_layer_report(name, layers[name], record, watch, timed) for name, record in meter.records.items())
     added = sum(layer.added_parameters for layer in reports)
     return Report(
-        model=type(model).__name__,
+        model=type(unwrapped(model)).__name__,
         layers=reports,
         samples=len(meter.dense),
         batches=len(meter.batch_sizes),

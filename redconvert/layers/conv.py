@@ -183,26 +183,30 @@ class DynamicConv(nn.Module):
             gated = GateWeights(*(candidate_weights(value, self.config.normalize) for value in values))
         else:  # gates do not run where everything is forced
             gated = GateWeights(x.new_empty(0), x.new_empty(0))
-        channel, temporal = self.forced
         return GateWeights(
-            self._force("channel", channel, gated.channel, num_samples, x),
-            self._force("temporal", temporal, gated.temporal, num_samples, x),
+            self._force("channel", gated.channel, num_samples, x),
+            self._force("temporal", gated.temporal, num_samples, x),
         )
 
-    def _force(self, axis: str, index: Forced, gated: Tensor, num_samples: int, x: Tensor) -> Tensor:
-        """``gated (N, S)`` with the rows replaced that ``index`` names a candidate for."""
-        if index is None:
-            return gated
-        per_sample = index if isinstance(index, list) else [index]
-        if num_samples % len(per_sample) == 0:  # a network that folds frames into its batch asks once per sample
-            per_sample = [i for i in per_sample for _ in range(num_samples // len(per_sample))]
-        else:
+    def forced_candidates(self, axis: str, num_samples: int) -> list[int | None]:
+        """Which candidate of "channel" or "temporal" `forced` asks of each sample; None: the gate decides."""
+        index = self.forced[("channel", "temporal").index(axis)]
+        listed = index if isinstance(index, list) else [index]
+        if num_samples % len(listed):
             raise RedconvertError(
-                f"layer '{self.layer_name}': forced() got {len(per_sample)} {axis} candidates for {num_samples} samples"
+                f"layer '{self.layer_name}': forced() got {len(listed)} {axis} candidates for {num_samples} samples"
             )
+        # A network that folds frames into its batch asks once per sample.
+        repeated = (i for i in listed for _ in range(num_samples // len(listed)))
+        return [None if i is None else self.candidates.nearest(axis, i) for i in repeated]
+
+    def _force(self, axis: str, gated: Tensor, num_samples: int, x: Tensor) -> Tensor:
+        """``gated (N, S)`` with the rows replaced that `forced` names a candidate for."""
+        per_sample = self.forced_candidates(axis, num_samples)
+        if all(i is None for i in per_sample):
+            return gated
         count = len(self.candidates.channels if axis == "channel" else self.candidates.strides)
-        checked = torch.tensor([self.candidates.nearest(axis, i or 0) for i in per_sample], device=x.device)
-        rows = F.one_hot(checked, count).to(self.gate.beta.dtype)
+        rows = F.one_hot(torch.tensor([i or 0 for i in per_sample], device=x.device), count).to(self.gate.beta.dtype)
         if None not in per_sample:
             return rows
         free = torch.tensor([i is None for i in per_sample], device=x.device)

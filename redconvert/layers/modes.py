@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import RedconvertError
+from ..inputs import unwrapped
 from .conv import DynamicConv, Forced, Observation
 
 __all__ = ["disabled", "dynamic_layers", "forced", "observed"]
@@ -16,7 +17,7 @@ __all__ = ["disabled", "dynamic_layers", "forced", "observed"]
 
 def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
     """The dynamic layers by name, each once. An error where there are none."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, DynamicConv)}
+    layers = {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, DynamicConv)}
     if not layers:
         raise RedconvertError(
             f"{type(model).__name__} has no dynamic layers: pass what redconvert.convert(model) returned"

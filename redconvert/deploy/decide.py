@@ -1,0 +1,74 @@
+"""The gate of a layer for inference: one pass over its input, two small products, read once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..layers import Decision, GateWeights
+from ..layers.gate import Gate, candidate_weights
+from . import kernels
+from .frames import Frames
+from .pack import to_rows
+
+__all__ = ["FoldedGate"]
+
+
+class FoldedGate:
+    """``z = W2 tanh(W1 G(x) + b1) + b2``: norm, beta, threshold and pooling in time folded in (Eq. 4).
+
+    Computed in float32. Thresholds are read at every call, so that budgets hold at once; other changes of the gate
+    are not seen.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.split = gate.num_temporal if gate.num_temporal > 1 else 0  # z holds the temporal candidates first
+        self._version = -1
+        self._second: tuple[Tensor, Tensor] | None = None
+        self._first: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, x: Tensor | Frames) -> tuple[list[Decision], Tensor]:
+        """From the layer's input, a decision per sample and z ``(N, S_t + S_c)``. The device is read once."""
+        held, stride = (x.held, x.stride) if isinstance(x, Frames) else (x, 1)
+        first = self._first.get((x.shape[2], stride)) or self._fold_first(x.shape[2], stride)
+        if self._second is None or self._version != self.gate.threshold._version:
+            self._version = self.gate.threshold._version
+            shift = (self.gate.beta.float() - self.gate.threshold.float()).detach()
+            self._second = self.gate.fc2.weight.detach().float().T.contiguous(), shift
+        z = kernels.gate(to_rows(held), first, self._second)
+        rows = z.tolist()
+        return [Decision(_first_open(row[self.split :]), _first_open(row[: self.split])) for row in rows], z
+
+    def weights(self, z: Tensor, normalize: bool) -> GateWeights:
+        """The weights that the layer itself would report for z."""
+        values, ones = torch.tanh(z), z.new_ones(len(z), 1)
+        channel, temporal = values[:, self.split :], values[:, : self.split]
+        return GateWeights(
+            *(candidate_weights(part, normalize) if part.shape[1] else ones for part in (channel, temporal))
+        )
+
+    def _fold_first(self, num_frames: int, stride: int) -> tuple[Tensor, Tensor]:
+        """W1 and b1 for clips of ``num_frames`` frames, of which every ``stride``-th is held and copied."""
+        gate, norm = self.gate, self.gate.norm
+        assert norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
+        weight = (gate.fc1.weight.float() * scale[:, None]).detach()
+        # (hidden, C * T_gate) -> (hidden, T_gate, C) -> (T * C, hidden) for a clip of T frames
+        weight = weight.unflatten(1, (-1, gate.num_frames)).transpose(1, 2)
+        if num_frames != gate.num_frames:
+            eye = torch.eye(num_frames, dtype=weight.dtype, device=weight.device)
+            pooling = F.adaptive_avg_pool1d(eye.unsqueeze(0), gate.num_frames)[0]  # (T, T_gate)
+            weight = torch.einsum("tg,hgc->htc", pooling, weight)
+        if stride > 1:
+            weight = torch.stack([part.sum(1) for part in weight.split(stride, dim=1)], dim=1)
+        bias = norm.bias.float() - norm.running_mean.float() * scale
+        folded = weight.flatten(1).T.contiguous(), bias.detach().contiguous()
+        self._first[num_frames, stride] = folded
+        return folded
+
+
+def _first_open(row: list[float]) -> int:
+    """The largest open candidate: the first with z > 0, else the last."""
+    return next((index for index, z in enumerate(row) if z > 0), max(len(row) - 1, 0))

@@ -1,0 +1,276 @@
+"""`redconvert.deploy`: a converted network for inference, every pass over memory fused, each sample for itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..convert.trace import symbolic
+from ..errors import RedconvertError
+from ..inputs import call_with, evaluating, tensors_in
+from ..layers import GateWeights, Observation, dynamic_layers
+from .frames import full
+from .fuse import filter_of, fuse
+from .program import Program, on_clips
+from .unit import Batch, Seen, Unit
+
+__all__ = ["Deployed", "deploy"]
+
+# Of the largest output, in float32 and in half precision: above it a deployed network computes something else.
+TOLERANCE, LOW_TOLERANCE = 1e-3, 0.1
+Forms = dict[str, dict[str, str]]
+
+
+class Deployed(nn.Module):
+    """What `redconvert.deploy` returns. Call it as the network was called; `network` is that network.
+
+    Clips on a CPU run one by one, whatever each decides: nothing is gathered or scattered, and activations stay small.
+    Images, and clips on other devices, run as a batch, in which the samples that decide alike run together, layer by
+    layer. Not for several threads at once.
+
+    Attributes:
+        network: the converted network, whose gates, thresholds and modes (`forced`, `disabled`) are followed.
+        source: how it was read: ``"fx"``, or ``"layers"`` where fx cannot trace it and each layer stands alone.
+        problem: why fx could not.
+    """
+
+    def __init__(
+        self, network: nn.Module, forms: Forms | None = None, *, trace: bool = True, problem: str | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.batch = Batch()
+        self.problem = problem
+        self._like = _first_floating(network)
+        self._program: Any
+        units: Mapping[str, nn.Module]
+        with evaluating(network):
+            graph = self._trace() if trace else None
+            if graph is not None:
+                modules = dict(network.named_modules(remove_duplicate=False))
+                units = fuse(graph, modules, self.batch, forms or {})
+                self._program = Program(graph, network, {**modules, **units})
+            else:
+                self._program, units = _in_layers(network, self.batch, forms or {})
+            self.source = "fx" if graph is not None else "layers"
+        self.units = nn.ModuleDict(units)
+        self._stand_ins = {id(unit.layer): unit for unit in units.values() if isinstance(unit, Unit)}
+        layers = dynamic_layers(network).values()
+        clips = all(id(layer) in self._stand_ins and isinstance(layer, nn.Conv3d) for layer in layers)
+        self.one_by_one = clips and self._like.device.type == "cpu"
+        super().train(False)
+
+    def _trace(self) -> fx.Graph | None:
+        try:
+            return symbolic(self.network)
+        except Exception as error:
+            self.problem = f"{type(error).__name__}: {error}".split("\n")[0]
+            return None
+
+    @property
+    def deployed_from(self) -> nn.Module:
+        """The network inside, for whoever looks behind wrappers."""
+        return self.network
+
+    def extra_repr(self) -> str:
+        return f"source={self.source!r}"
+
+    def train(self, mode: bool = True) -> Deployed:
+        """Refused: train the network that was deployed, then deploy again."""
+        if mode:
+            raise RedconvertError("a deployed network is for inference: train .network, then deploy it again")
+        return super().train(False)
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        raise RedconvertError(
+            "a deployed network keeps the device and dtype it was packed for: move or cast .network, then deploy again"
+        )
+
+    def stand_in(self, layer: nn.Module) -> nn.Module:
+        """The module that runs in a dynamic layer's place, for hooks and clocks."""
+        return self._stand_ins.get(id(layer), layer)
+
+    def forms(self) -> Forms:
+        """The form that each convolution was found fastest in: what `redconvert.deploy` takes as ``forms``."""
+        found = {name: unit.chosen_forms() for name, unit in self.units.items() if isinstance(unit, Unit)}
+        return {name: forms for name, forms in found.items() if forms}
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with evaluating(self.network) if self.network.training else nullcontext():
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.dim()]
+        self._check(tensors)
+        rows = tensors[0].shape[0] if tensors else 1
+        frames = self._folded_frames(tensors[0]) if tensors else 1
+        cuttable = self.one_by_one and all(t.shape[0] == rows for t in tensors) and rows % frames == 0
+        total = rows // frames if cuttable else 1
+        self.batch.seen.clear()
+        self.batch.total = total
+        outputs = []
+        for sample in range(total):
+            self.batch.first = sample
+            part = slice(sample * frames, (sample + 1) * frames) if total > 1 else slice(None)
+            one = tree_map(lambda leaf, part=part: _cut(leaf, part), (args, kwargs))
+            outputs.append(self._program(*one[0], **one[1]))
+        self._tell(total)
+        return outputs[0] if total == 1 else _joined(outputs)
+
+    def _folded_frames(self, x: Tensor) -> int:
+        """Rows per sample where the batch of a 2D network holds ``N * T`` frames."""
+        folded = {unit.frames_per_sample for unit in self.units.values() if isinstance(unit, Unit)}
+        return max(folded, default=1) if x.dim() == 4 else 1
+
+    def _check(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.device != self._like.device:
+                raise RedconvertError(
+                    f"this network was deployed on {self._like.device} and its input is on {tensor.device}: move the "
+                    f"input, or move .network and deploy it again"
+                )
+            if tensor.is_floating_point() and tensor.dtype != self._like.dtype:
+                raise RedconvertError(
+                    f"this network was deployed in {self._like.dtype} and its input is {tensor.dtype}: cast the input, "
+                    f"or cast .network and deploy it again"
+                )
+            if tensor.numel() == 0:
+                raise RedconvertError(f"an empty batch, shape {tuple(tensor.shape)}: give at least one sample")
+
+    def _tell(self, total: int) -> None:
+        """Tell observers of the whole batch what its samples decided: one observation per call of a layer."""
+        for unit, seen in self.batch.seen.items():
+            calls = len(seen) // total  # of one sample
+            for call in range(calls):
+                observation = _observation(unit, seen[call::calls])
+                for observer in unit.layer.observers:
+                    observer(unit.layer, observation)
+        self.batch.seen.clear()
+
+
+def deploy(
+    dynamic: nn.Module, example_inputs: Any = None, *, forms: Forms | None = None, check: bool = True
+) -> Deployed:
+    """Make a converted network fast: for inference, with the same results, following the same decisions.
+
+    An fx pass folds norms into convolutions and cheap operations and fuses residual adds and activations; clips whose
+    frames are copies are carried with the computed frames alone, and temporal convolutions over copies get
+    fewer taps; weights are packed for oneDNN, layouts are channels-last, and where a convolution has several forms
+    the first call times them. Weights are read now: train or calibrate first, deploy again after. Thresholds are
+    read at each call, so `set_budget` acts at once.
+
+    Args:
+        dynamic: what `redconvert.convert` returned. It is not changed, and shared: forcing or disabling one
+            acts on the other.
+        example_inputs: what the network takes. With them the first call is made here: forms are chosen, and the
+            results compared with the network's own.
+        forms: of an earlier `Deployed.forms`, which saves the timing.
+        check: compare, where there are example inputs.
+
+    Raises:
+        RedconvertError: no dynamic layers, or results that differ from the network's.
+    """
+    if isinstance(dynamic, Deployed):
+        raise RedconvertError("this network is deployed already: deploy its .network again after a change")
+    dynamic_layers(dynamic)
+    fast = Deployed(dynamic, forms)
+    if example_inputs is None:
+        return fast
+    if check:
+        with evaluating(dynamic):
+            wanted = call_with(dynamic, example_inputs)
+    try:
+        found = call_with(fast, example_inputs)
+        problem = _difference(found, wanted, dynamic) if check else None
+    except RedconvertError:
+        raise
+    except Exception as error:  # what fx read is not what runs: control flow, shapes that it took for fixed
+        problem = f"{type(error).__name__}: {error}".split("\n")[0]
+    if problem is None:
+        return fast
+    if fast.source == "layers":
+        raise RedconvertError(problem)
+    fast = Deployed(dynamic, forms, trace=False, problem=problem)
+    problem = _difference(call_with(fast, example_inputs), wanted, dynamic) if check else None
+    if problem is not None:
+        raise RedconvertError(problem)
+    return fast
+
+
+def _difference(found: Any, wanted: Any, dynamic: nn.Module) -> str | None:
+    """What is wrong with the results, in words; None where they agree."""
+    for ours, theirs in zip(tensors_in(found), tensors_in(wanted), strict=True):
+        if not theirs.is_floating_point():
+            continue
+        scale = theirs.abs().max().clamp_min(torch.finfo(theirs.dtype).tiny)
+        error = float((ours - theirs).abs().max() / scale) if ours.shape == theirs.shape else float("inf")
+        if not error <= (TOLERANCE if theirs.dtype in (torch.float32, torch.float64) else LOW_TOLERANCE):
+            return (
+                f"deployed, {type(dynamic).__name__} gives results that differ by {error:.1e} of the largest one: it "
+                f"keeps state between calls or between samples, or a gate stands on its threshold. Pass check=False "
+                f"to take it as it is"
+            )
+    return None
+
+
+def _in_layers(network: nn.Module, batch: Batch, forms: Forms) -> tuple[Any, dict[str, Unit]]:
+    """A twin of the network that shares its tensors and runs each dynamic layer as a unit of its own."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
+    units: dict[str, Unit] = {}
+    for layer in dynamic_layers(network).values():
+        filter = filter_of(layer)
+        if filter is not None:
+            target = f"unit{len(units)}"
+            units[target] = Unit(layer, filter, None, "none", batch, forms.get(target))
+            memo[id(layer)] = _Alone(units[target])
+    return copy.deepcopy(network, memo).eval(), units
+
+
+class _Alone(nn.Module):
+    """A unit in the place of its layer."""
+
+    def __init__(self, unit: Unit) -> None:
+        super().__init__()
+        self._unit = (unit,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return full(on_clips(self._unit[0], x))
+
+
+def _observation(unit: Unit, seen: list[Seen]) -> Observation:
+    """What the samples of a batch decided in one call of a layer, one after the other."""
+    decisions = [decision for each in seen for decision in each.decisions]
+    frames, is_image = unit.frames_per_sample, unit.dim == 2
+    shapes = []
+    for shape in (seen[0].input_shape, seen[0].output_shape):
+        N, C, T, H, W = shape
+        rows = N * len(seen)
+        shapes.append(torch.Size((rows * frames, C, H, W) if is_image else (rows, C, T, H, W)))
+    weights = GateWeights(*(torch.cat(parts) for parts in zip(*(each.weights for each in seen), strict=True)))
+    return Observation(shapes[0], shapes[1], weights, decisions)
+
+
+def _cut(leaf: Any, part: slice) -> Any:
+    return leaf[part] if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """The outputs of single samples as that of a batch."""
+    leaves, structure = [tree_flatten(each)[0] for each in outputs], tree_flatten(outputs[0])[1]
+    return structure.unflatten(
+        [
+            torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
+            for parts in zip(*leaves, strict=True)
+        ]
+    )
+
+
+def _first_floating(network: nn.Module) -> Tensor:
+    return next(parameter for parameter in network.parameters() if parameter.is_floating_point())

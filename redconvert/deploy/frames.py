@@ -1,0 +1,54 @@
+"""A clip of which only every R-th frame is held: carried as it is, filled up where somebody needs the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .kernels import Filling
+from .pack import from_rows, to_rows
+
+__all__ = ["Frames", "full"]
+
+
+@dataclass
+class Frames:
+    """``num_frames`` frames, of which every ``stride``-th is held; those after it are copies of it.
+
+    Attributes:
+        held: ``(N, C, ceil(num_frames / stride), H, W)``, channels last.
+        stride: R.
+        num_frames: T.
+        filled: all frames, once somebody needed them.
+    """
+
+    held: Tensor
+    stride: int
+    num_frames: int
+    filled: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.held.shape[:2], self.num_frames, *self.held.shape[3:]))
+
+    def full(self) -> Tensor:
+        """All frames, ``(N, C, T, H, W)``; filled up once."""
+        if not self.filled:
+            rows = to_rows(self.held)
+            self.filled.append(from_rows(Filling.copies(self.stride, rows)(rows, self.num_frames, None, False)))
+        return self.filled[0]
+
+    def replaced(self, held: Tensor) -> Frames:
+        """The same after an operation on single frames."""
+        return Frames(held, self.stride, self.num_frames)
+
+    def alike(self, other: object) -> bool:
+        """Whether the other holds the same frames."""
+        return isinstance(other, Frames) and (other.stride, other.num_frames) == (self.stride, self.num_frames)
+
+
+def full(x: Tensor | Frames) -> Tensor:
+    """All frames, whichever way they are carried."""
+    return x.full() if isinstance(x, Frames) else x

@@ -1,0 +1,159 @@
+/* The passes over memory that surround a reduced convolution, each of them once, in channels-last layout.
+ *
+ * Compiled on first use by kernels.py; each function has a twin in PyTorch there, and a test holds both together.
+ * They exist per type: float, and bfloat16 as the upper half of a float. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+static inline float widen(uint16_t value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as PyTorch rounds */
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+#define LOAD_f32(x) (x)
+#define STORE_f32(x) (x)
+#define LOAD_bf16(x) widen(x)
+#define STORE_bf16(x) narrow(x)
+
+/* One row holds the channels of one position, no more than LIMIT of them: kernels.py sees to that. */
+#define LIMIT 4096
+#define HIDDEN 256
+
+/* Ask for what comes 4 KB later: the processor's own prefetching is a quarter slower over one long read. */
+#define AHEAD(FROM, COUNT)                                                                                         \
+    for (uintptr_t at = (uintptr_t)(FROM), stop = (uintptr_t)((FROM) + (COUNT)); at < stop; at += 64)              \
+        __builtin_prefetch((const void *)(at + 4096));
+
+/* to[c] = act(value(c) + residual[c]) for the channels from begin to end */
+#define FINISH(T, VALUE)                                                                                           \
+    if (residual)                                                                                                  \
+        for (int64_t c = begin; c < end; c++) {                                                                    \
+            float value = (VALUE) + LOAD_##T(residual[row * channels + c]);                                        \
+            to[c] = STORE_##T(relu && value < 0 ? 0 : value);                                                      \
+        }                                                                                                          \
+    else                                                                                                           \
+        for (int64_t c = begin; c < end; c++) {                                                                    \
+            float value = (VALUE);                                                                                 \
+            to[c] = STORE_##T(relu && value < 0 ? 0 : value);                                                      \
+        }
+
+/* assemble: out[row][c] = act(scale[c] * in[source[c]] + shift[c] + residual[row][c]), where in holds the k computed
+ * channels of the row and then the d rebuilt ones. pieces are (begin, end, from): channels that stand in a run of one
+ * input from `from` on, or, where from is negative, are gathered one by one.
+ *
+ * fill: from every stride-th frame y to all of them. Frame s * stride + d of a clip is
+ * act(weight[d][0] * y_s + weight[d][1] * y_(s+1) + bias[d] + residual), and the last y stands for its follower.
+ *
+ * max_pool: sizes are (clips, T, H, W, T_o, H_o, W_o); window is kernel, stride and the padding before, of T, H and W;
+ * what lies outside is `outside`.
+ *
+ * gate: z = w2 tanh(w1 mean(x) + b1) + b2 of one sample, the mean taken over the rows of each frame. */
+#define DEFINE(T, E)                                                                                               \
+    void assemble_##T(const E *y, int64_t k, const E *z, int64_t d, const int32_t *pieces, int64_t num_pieces,     \
+                      const int32_t *source, const float *scale, const float *shift, const E *residual, int relu,  \
+                      int64_t rows, int64_t channels, E *out) {                                                    \
+        int gathers = 0;                                                                                           \
+        for (int64_t p = 0; p < num_pieces; p++) gathers |= pieces[3 * p + 2] < 0;                                 \
+        _Pragma("omp parallel for schedule(static)") for (int64_t row = 0; row < rows; row++) {                    \
+            float in[LIMIT];                                                                                       \
+            E *to = out + row * channels;                                                                          \
+            AHEAD(y + row * k, k)                                                                                  \
+            if (residual) AHEAD(residual + row * channels, channels)                                               \
+            if (gathers) {                                                                                         \
+                for (int64_t c = 0; c < k; c++) in[c] = LOAD_##T(y[row * k + c]);                                  \
+                for (int64_t c = 0; c < d; c++) in[k + c] = LOAD_##T(z[row * d + c]);                              \
+            }                                                                                                      \
+            for (int64_t p = 0; p < num_pieces; p++) {                                                             \
+                int64_t begin = pieces[3 * p], end = pieces[3 * p + 1], from = pieces[3 * p + 2];                  \
+                if (from < 0) {                                                                                    \
+                    FINISH(T, scale[c] * in[source[c]] + shift[c])                                                 \
+                } else {                                                                                           \
+                    const E *run = from < k ? y + row * k + from : z + row * d + from - k;                         \
+                    FINISH(T, scale[c] * LOAD_##T(run[c - begin]) + shift[c])                                      \
+                }                                                                                                  \
+            }                                                                                                      \
+        }                                                                                                          \
+    }                                                                                                              \
+    void fill_##T(const E *y, int64_t clips, int64_t held, int64_t stride, int64_t frames, const float *weight,    \
+                  const float *bias, const E *residual, int relu, int64_t positions, int64_t channels, E *out) {   \
+        const int64_t begin = 0, end = channels, rows = clips * frames * positions;                                \
+        _Pragma("omp parallel for schedule(static)") for (int64_t row = 0; row < rows; row++) {                    \
+            int64_t frame = row / positions % frames, clip = row / positions / frames;                             \
+            int64_t from = frame / stride, d = frame % stride, next = from + 1 < held ? from + 1 : from;           \
+            const E *left = y + ((clip * held + from) * positions + row % positions) * channels;                   \
+            const E *right = y + ((clip * held + next) * positions + row % positions) * channels;                  \
+            const float *w = weight + d * 2 * channels, *b = bias + d * channels;                                  \
+            E *to = out + row * channels;                                                                          \
+            FINISH(T, w[c] * LOAD_##T(left[c]) + w[channels + c] * LOAD_##T(right[c]) + b[c])                      \
+        }                                                                                                          \
+    }                                                                                                              \
+    void max_pool_##T(const E *x, const int64_t *sizes, const int64_t *window, float outside, int64_t channels,    \
+                      E *out) {                                                                                    \
+        const int64_t *in = sizes + 1, *to_size = sizes + 4, *kernel = window, *stride = window + 3,               \
+                      *before = window + 6, rows = sizes[0] * to_size[0] * to_size[1] * to_size[2];                \
+        _Pragma("omp parallel for schedule(static)") for (int64_t row = 0; row < rows; row++) {                    \
+            float best[LIMIT];                                                                                     \
+            int64_t place = row, begin[3], end[3];                                                                 \
+            float start = -__builtin_inff();                                                                       \
+            for (int axis = 2; axis >= 0; axis--) {                                                                \
+                int64_t first = place % to_size[axis] * stride[axis] - before[axis], last = first + kernel[axis];  \
+                place /= to_size[axis];                                                                            \
+                if (first < 0 || last > in[axis]) start = outside;                                                 \
+                begin[axis] = first < 0 ? 0 : first;                                                               \
+                end[axis] = last > in[axis] ? in[axis] : last;                                                     \
+            }                                                                                                      \
+            for (int64_t c = 0; c < channels; c++) best[c] = start;                                                \
+            for (int64_t t = begin[0]; t < end[0]; t++)                                                            \
+                for (int64_t h = begin[1]; h < end[1]; h++)                                                        \
+                    for (int64_t w = begin[2]; w < end[2]; w++) {                                                  \
+                        const E *from = x + (((place * in[0] + t) * in[1] + h) * in[2] + w) * channels;            \
+                        for (int64_t c = 0; c < channels; c++) {                                                   \
+                            float value = LOAD_##T(from[c]);                                                       \
+                            best[c] = value > best[c] || value != value ? value : best[c];                         \
+                        }                                                                                          \
+                    }                                                                                              \
+            for (int64_t c = 0; c < channels; c++) out[row * channels + c] = STORE_##T(best[c]);                   \
+        }                                                                                                          \
+    }                                                                                                              \
+    void gate_##T(const E *x, int64_t frames, int64_t rows, int64_t channels, const float *w1, const float *b1,    \
+                  int64_t hidden, const float *w2, const float *b2, int64_t outs, float *z) {                      \
+        int64_t parts = frames < 8 ? 8 : 1; /* of a frame, so that every thread has work */                        \
+        float total[HIDDEN] = {0};                                                                                 \
+        _Pragma("omp parallel for schedule(static)") for (int64_t job = 0; job < frames * parts; job++) {          \
+            int64_t frame = job / parts, part = job % parts;                                                       \
+            int64_t r = rows * part / parts, end = rows * (part + 1) / parts;                                      \
+            float sum[LIMIT], mine[HIDDEN] = {0};                                                                  \
+            memset(sum, 0, sizeof(float) * channels);                                                              \
+            const E *from = x + (frame * rows + r) * channels;                                                     \
+            for (; r + 4 <= end; r += 4, from += 4 * channels) {                                                   \
+                AHEAD(from, 4 * channels)                                                                          \
+                for (int64_t c = 0; c < channels; c++)                                                             \
+                    sum[c] += (LOAD_##T(from[c]) + LOAD_##T(from[channels + c])) +                                 \
+                              (LOAD_##T(from[2 * channels + c]) + LOAD_##T(from[3 * channels + c]));               \
+            }                                                                                                      \
+            for (; r < end; r++, from += channels)                                                                 \
+                for (int64_t c = 0; c < channels; c++) sum[c] += LOAD_##T(from[c]);                                \
+            const float *w = w1 + frame * channels * hidden;                                                       \
+            for (int64_t c = 0; c < channels; c++)                                                                 \
+                for (int64_t h = 0; h < hidden; h++) mine[h] += sum[c] * w[c * hidden + h];                        \
+            _Pragma("omp critical") for (int64_t h = 0; h < hidden; h++) total[h] += mine[h] / rows;               \
+        }                                                                                                          \
+        for (int64_t o = 0; o < outs; o++) z[o] = b2[o];                                                           \
+        for (int64_t h = 0; h < hidden; h++) {                                                                     \
+            float value = tanhf(total[h] + b1[h]);                                                                 \
+            for (int64_t o = 0; o < outs; o++) z[o] += value * w2[h * outs + o];                                   \
+        }                                                                                                          \
+    }
+
+DEFINE(f32, float)
+DEFINE(bf16, uint16_t)

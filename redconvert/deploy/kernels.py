@@ -1,0 +1,228 @@
+"""What surrounds a reduced convolution, in one pass over memory: in C where there is a compiler, else in PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Assembly", "Filling", "compiled", "gate", "max_pool"]
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+LIMIT, HIDDEN = 4096, 256  # channels, and units of a gate: as in kernels.c
+RUN = 8  # channels in a row that are worth a loop of their own
+Triple = tuple[int, int, int]
+TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Where each channel of a layer's output comes from, once k channels are computed and d rebuilt.
+
+    ``out[c] = act(scale[c] * in[source[c]] + shift[c] + residual[c])`` with ``in = [computed, rebuilt]``: that is the
+    layer's own channel order, the norm behind it, Phi_c where one source channel serves, residual and ReLU at once.
+
+    Attributes:
+        source: ``(C_out)``, int32, indices below ``k + d``.
+        scale, shift: ``(C_out)``, float32.
+        pieces: ``(pieces, 3)``, int32: begin, end and source of runs; source -1 for channels without one.
+    """
+
+    source: Tensor
+    scale: Tensor
+    shift: Tensor
+    pieces: Tensor
+
+    @classmethod
+    def build(cls, source: Tensor, scale: Tensor, shift: Tensor, kept: int) -> Assembly:
+        """With the runs of consecutive sources, which never cross from the computed to the rebuilt channels."""
+        pieces: list[list[int]] = []
+        listed = source.tolist()
+        for c, index in enumerate(listed):
+            if c and index == listed[c - 1] + 1 and index != kept:
+                pieces[-1][1] += 1
+            else:
+                pieces.append([c, c + 1, index])
+        merged: list[list[int]] = []
+        for begin, end, first in pieces:
+            gathered = end - begin < RUN
+            if gathered and merged and merged[-1][2] < 0:
+                merged[-1][1] = end
+            else:
+                merged.append([begin, end, -1 if gathered else first])
+        table = torch.tensor(merged, dtype=torch.int32, device=source.device)
+        return cls(source.int().contiguous(), scale.float().contiguous(), shift.float().contiguous(), table)
+
+    def __call__(self, computed: Tensor, rebuilt: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+        """``computed (..., k)`` and ``rebuilt (..., d)`` -> ``(..., C_out)``, all contiguous."""
+        k, d, channels = computed.shape[-1], 0 if rebuilt is None else rebuilt.shape[-1], len(self.source)
+        function = _function("assemble", computed, max(k + d, channels))
+        if function is None:
+            return self.in_pytorch(computed, rebuilt, residual, relu)
+        out = computed.new_empty(*computed.shape[:-1], channels)
+        table = (*_address(self.pieces), len(self.pieces), *_address(self.source, self.scale, self.shift))
+        sources = (*_address(computed), k, *_address(rebuilt), d)
+        function(*sources, *table, *_address(residual), relu, out.numel() // channels, channels, *_address(out))
+        return out
+
+    def in_pytorch(self, computed: Tensor, rebuilt: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+        """The same, pass after pass."""
+        x = computed if rebuilt is None else torch.cat([computed, rebuilt], dim=-1)
+        x = torch.addcmul(self.shift.to(x.dtype), x.index_select(-1, self.source), self.scale.to(x.dtype))
+        x = x if residual is None else x.add_(residual)
+        return x.relu_() if relu else x
+
+
+@dataclass(frozen=True)
+class Filling:
+    """All frames of a clip from every R-th (Phi_t), with what follows.
+
+    Frame ``s R + d`` is ``act(weight[d, 0] * y_s + weight[d, 1] * y_(s+1) + bias[d] + residual)``; the last y stands
+    for its own follower.
+
+    Attributes:
+        weight: ``(R, 2, C)``, float32; bias: ``(R, C)``, float32.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def copies(cls, stride: int, like: Tensor) -> Filling:
+        """Every frame as the computed one before it; ``like (..., C)``."""
+        weight = torch.zeros(stride, 2, like.shape[-1], device=like.device)
+        weight[:, 0] = 1
+        return cls(weight, torch.zeros(stride, like.shape[-1], device=like.device))
+
+    def __call__(self, y: Tensor, num_frames: int, residual: Tensor | None, relu: bool) -> Tensor:
+        """``y (N, T', H, W, C)`` -> ``(N, num_frames, H, W, C)``, contiguous both."""
+        N, held, H, W, C = y.shape
+        function = _function("fill", y, C)
+        if function is None:
+            return self.in_pytorch(y, num_frames, residual, relu)
+        out = y.new_empty(N, num_frames, H, W, C)
+        clips = (*_address(y), N, held, len(self.weight), num_frames)
+        function(*clips, *_address(self.weight, self.bias), *_address(residual), relu, H * W, C, *_address(out))
+        return out
+
+    def in_pytorch(self, y: Tensor, num_frames: int, residual: Tensor | None, relu: bool) -> Tensor:
+        """The same, pass after pass."""
+        following = torch.cat([y[:, 1:], y[:, -1:]], dim=1)
+        weight, bias = self.weight.to(y.dtype), self.bias.to(y.dtype)
+        frames = [torch.addcmul(b + w[0] * y, w[1], following) for w, b in zip(weight, bias, strict=True)]
+        x = torch.stack(frames, dim=2).flatten(1, 2)[:, :num_frames].contiguous()
+        x = x if residual is None else x.add_(residual)
+        return x.relu_() if relu else x
+
+
+def max_pool(
+    x: Tensor, kernel: Triple, stride: Triple, before: Triple, after: Triple, outside: float = -math.inf
+) -> Tensor:
+    """Max pooling of ``x (N, T, H, W, C)``, padded with ``outside``: ``(N, T_o, H_o, W_o, C)``, contiguous both."""
+    sizes = [
+        (n + b + a - k) // s + 1 for n, k, s, b, a in zip(x.shape[1:4], kernel, stride, before, after, strict=True)
+    ]
+    function = _function("max_pool", x, x.shape[4])
+    if function is None:
+        pads = [amount for pair in zip(before[::-1], after[::-1], strict=True) for amount in pair]
+        padded = F.pad(x.permute(0, 4, 1, 2, 3), pads, value=outside)
+        return F.max_pool3d(padded, kernel, stride).permute(0, 2, 3, 4, 1).contiguous()
+    out = x.new_empty(x.shape[0], *sizes, x.shape[4])
+    shapes, window = (ctypes.c_int64 * 7)(*x.shape[:4], *sizes), (ctypes.c_int64 * 9)(*kernel, *stride, *before)
+    function(*_address(x), shapes, window, outside, x.shape[4], *_address(out))
+    return out
+
+
+def gate(x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """``z = tanh(mean(x) w1 + b1) w2 + b2``, the mean over H and W: the gate (Eq. 4) with everything folded in.
+
+    ``x (N, T, H, W, C)``, ``first``: w1 ``(T * C, hidden)`` and b1, ``second``: w2 ``(hidden, outs)`` and b2, float32.
+    Returns ``(N, outs)``.
+    """
+    (w1, b1), (w2, b2) = first, second
+    function = _function("gate", x, x.shape[4]) if len(b1) <= HIDDEN and w1.dtype == torch.float32 else None
+    if function is None:
+        pooled = x.flatten(2, 3).mean(2).flatten(1).to(w1.dtype)
+        return torch.addmm(b2, torch.addmm(b1, pooled, w1).tanh_(), w2)
+    z = b2.new_empty(len(x), len(b2))
+    N, T, H, W, C = x.shape
+    weights = (*_address(w1, b1), len(b1), *_address(w2, b2), len(b2))
+    for sample in range(N):
+        function(*_address(x[sample]), T, H * W, C, *weights, *_address(z[sample]))
+    return z
+
+
+def _function(name: str, x: Tensor, channels: int) -> Any:
+    """The C function for tensors like x; None where PyTorch serves."""
+    library = compiled() if x.device.type == "cpu" and x.dtype in TYPES and channels <= LIMIT else None
+    return library and getattr(library, f"{name}_{TYPES[x.dtype]}")
+
+
+def _address(*tensors: Tensor | None) -> list[int | None]:
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+@functools.cache
+def compiled() -> ctypes.CDLL | None:
+    """The C functions; None where there is no compiler, or ``REDCONVERT_COMPILE=0``."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if os.environ.get("REDCONVERT_COMPILE") == "0" or not compiler:
+        return None
+    try:
+        library = ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    for kind in TYPES.values():
+        for name, arguments in {
+            "assemble": [*(pointer, number) * 3, *(pointer,) * 4, flag, number, number, pointer],
+            "fill": [pointer, *(number,) * 4, *(pointer,) * 3, flag, number, number, pointer],
+            "max_pool": [*(pointer,) * 3, ctypes.c_float, number, pointer],
+            "gate": [pointer, *(number,) * 3, pointer, pointer, number, pointer, pointer, number, pointer],
+        }.items():
+            function = getattr(library, f"{name}_{kind}")
+            function.argtypes, function.restype = arguments, None
+    return library
+
+
+def _build(compiler: str) -> Path:
+    """Compile once per source, compiler and processor; a file that is half written is never loaded."""
+    key = b"|".join([SOURCE.read_bytes(), compiler.encode(), " ".join(FLAGS).encode(), _processor()])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redconvert"
+    library = folder / f"kernels-{hashlib.sha256(key).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        half, whole = f"{work}/kernels.o", f"{work}/kernels.so"
+        for command in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", half],
+            # Linked without OpenMP: its functions are those that PyTorch has loaded, so both share one set of threads.
+            [compiler, "-shared", half, "-o", whole],
+        ):
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+        os.replace(whole, library)
+    return library
+
+
+def _processor() -> bytes:
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n")
+    except OSError:
+        lines = [platform.processor().encode()]
+    return b"".join(line for line in lines[:30] if line.startswith((b"model name", b"flags")))

@@ -1,0 +1,191 @@
+"""A convolution ready to run: weights packed once, what follows fused, the fastest form chosen by timing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["ACTIVATIONS", "Filter", "PackedConv", "channels_last", "from_rows", "to_rows"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu_,
+    "swish": lambda x: F.silu(x, inplace=True),
+    "hardswish": lambda x: F.hardswish(x, inplace=True),
+}
+PACKED_TYPES = (torch.float32, torch.bfloat16)
+TRIALS = 3
+SHAPES = 4  # of the input for which a convolution keeps its packed weights
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What is convolved, always in 3D: ``weight (C_out, C_in / groups, kt, kh, kw)``, ``bias (C_out)`` or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    stride: Triple
+    padding: Triple
+    dilation: Triple
+    groups: int = 1
+
+    @property
+    def kernel(self) -> Triple:
+        return self.weight.shape[2], self.weight.shape[3], self.weight.shape[4]
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Filter:
+        """Followed by ``scale * y + shift`` per channel."""
+        bias = shift if self.bias is None else self.bias * scale + shift
+        return replace(self, weight=self.weight * scale.view(-1, 1, 1, 1, 1), bias=bias)
+
+    def pick(self, channels: Tensor) -> Filter:
+        """These output channels alone, in this order; of grouped filters whole groups, one after the other."""
+        bias = None if self.bias is None else self.bias[channels]
+        groups = self.groups * len(channels) // len(self.weight)
+        return replace(self, weight=self.weight[channels], bias=bias, groups=max(groups, 1))
+
+    def to(self, dtype: torch.dtype) -> Filter:
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
+
+@dataclass
+class PackedConv:
+    """``act(conv(x) [+ residual])`` for channels-last clips ``(N, C, T, H, W)``. Not for training.
+
+    On a CPU weights are reordered for oneDNN, once; elsewhere PyTorch's convolution runs. Of the forms that compute
+    the same, the first call times each and keeps the fastest:
+
+    - ``conv``: as it is.
+    - ``frames``: 1 x kh x kw with temporal stride 1, as a 2D convolution over N*T frames.
+    - ``line``: kt x 1 x 1, as a 2D convolution over an image of T rows and H*W columns.
+    """
+
+    filter: Filter
+    form: str | None = None  # None: to be timed
+    images: bool = False  # the clips are images: 2D kernels do as well or better
+    _packed: dict[tuple[str, torch.Size], Tensor] = field(default_factory=dict, repr=False)
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, activation: str = "none", overwrite: bool = False
+    ) -> Tensor:
+        """``overwrite``: the result may take the residual's place in memory."""
+        if not self._serves(x):
+            return self._plain(x, residual, activation)
+        if self.form is None:
+            forms = self.forms()
+            self.form = forms[0] if len(forms) == 1 else self._fastest(forms, x, residual, activation)
+        return self._run(self.form, x, residual, activation, overwrite)
+
+    def forms(self) -> list[str]:
+        """Those that compute this convolution."""
+        f, found = self.filter, ["conv"]
+        if self.images:
+            return ["frames"]
+        if f.kernel[0] == 1 and f.stride[0] == 1 and f.padding[0] == 0:
+            found.append("frames")
+        if f.kernel[1:] == (1, 1) and f.stride[1:] == (1, 1) and f.padding[1:] == (0, 0):
+            found.append("line")
+        return found
+
+    def _serves(self, x: Tensor) -> bool:
+        packable = x.device.type == "cpu" and x.dtype in PACKED_TYPES and x.dtype == self.filter.weight.dtype
+        return packable and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+    def _plain(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        f = self.filter
+        y = F.conv3d(x, f.weight, f.bias, f.stride, f.padding, f.dilation, f.groups)
+        y = y if residual is None else y.add_(residual)
+        return channels_last(ACTIVATIONS[activation](y))
+
+    def _fastest(self, forms: list[str], x: Tensor, residual: Tensor | None, activation: str) -> str:
+        times: dict[str, list[float]] = {form: [] for form in forms}
+        for _ in range(TRIALS):
+            for form in forms:
+                begin = time.perf_counter()
+                self._run(form, x, residual, activation)
+                times[form].append(time.perf_counter() - begin)
+        fastest = min(times, key=lambda form: min(times[form]))
+        self._packed = {key: packed for key, packed in self._packed.items() if key[0] == fastest}
+        return fastest
+
+    def _run(self, form: str, x: Tensor, residual: Tensor | None, activation: str, overwrite: bool = False) -> Tensor:
+        f = self.filter
+        stride, padding, dilation = (_arguments(form, each) for each in (f.stride, f.padding, f.dilation))
+        if form == "line":
+            stride, padding, dilation = (stride[0], 1), (padding[0], 0), (dilation[0], 1)
+        image = _as_images(form, x)
+        packed, geometry = (
+            self._weight(form, image.shape, stride, padding, dilation),
+            (padding, stride, dilation, f.groups),
+        )
+        operators, act = torch.ops.mkldnn, None if activation == "none" else activation
+        if residual is None:
+            y = operators._convolution_pointwise(image, packed, f.bias, *geometry, activation, [], "")
+            return _as_clips(form, y, x)
+        other = _as_images(form, residual)
+        sum_and_act: tuple[Any, ...] = ("add", 1.0, act, [], None)
+        if overwrite:
+            y = operators._convolution_pointwise_.binary(other, image, packed, f.bias, *geometry, *sum_and_act)
+        else:
+            y = operators._convolution_pointwise.binary(image, other, packed, f.bias, *geometry, *sum_and_act)
+        return _as_clips(form, y, x)
+
+    def _weight(
+        self, form: str, shape: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+    ) -> Tensor:
+        """The weight in the order that oneDNN wants for this form and shape; another order is mended at every call."""
+        key = (form, shape)
+        if key not in self._packed:
+            while len(self._packed) >= SHAPES:
+                del self._packed[next(iter(self._packed))]
+            weight = self.filter.weight
+            weight = weight if form == "conv" else weight.squeeze({"frames": 2, "line": 4}[form])
+            reorder = getattr(torch._C._nn, f"mkldnn_reorder_conv{weight.dim() - 2}d_weight")
+            opaque = weight.contiguous().to_mkldnn()
+            self._packed[key] = reorder(opaque, padding, stride, dilation, self.filter.groups, shape)
+        return self._packed[key]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """``x (N, C, ...)`` in channels-last memory, also where sizes of 1 leave the layout open."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """Channels-last ``(N, C, T, H, W)`` as ``(N, T, H, W, C)``: a view."""
+    return x.permute(0, 2, 3, 4, 1)
+
+
+def from_rows(rows: Tensor) -> Tensor:
+    """And back: a view."""
+    return rows.permute(0, 4, 1, 2, 3)
+
+
+def _arguments(form: str, values: tuple[int, ...]) -> tuple[int, ...]:
+    return values[1:] if form == "frames" else values
+
+
+def _as_images(form: str, x: Tensor) -> Tensor:
+    """Clips as the tensor that a form convolves: a view."""
+    if form == "frames":
+        return to_rows(x).flatten(0, 1).permute(0, 3, 1, 2)
+    if form == "line":
+        return to_rows(x).flatten(2, 3).permute(0, 3, 1, 2)
+    return x
+
+
+def _as_clips(form: str, y: Tensor, x: Tensor) -> Tensor:
+    """What a form returned for clips x as clips: a view."""
+    if form == "frames":
+        return from_rows(y.permute(0, 2, 3, 1).unflatten(0, (*x.shape[:1], -1)))
+    if form == "line":
+        return from_rows(y.permute(0, 2, 3, 1).unflatten(2, x.shape[3:]))
+    return y

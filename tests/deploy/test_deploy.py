@@ -1,0 +1,248 @@
+"""A deployed network computes what the eager one computes, for every decision, and follows its modes and budgets."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from deploy_networks import Image, Undecided, Video, dynamic_from, undecided_gates
+from torch import Tensor, nn
+
+import redconvert
+from redconvert.deploy.pack import PackedConv
+
+TIGHT = 2e-5
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.fixture
+def clips() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(3, 3, 8, 16, 16)
+
+
+@pytest.mark.parametrize("blend_frames", [False, True], ids=["copies", "blends"])
+@pytest.mark.parametrize("cheap", ["pointwise", "scale", "depthwise"])
+def test_every_decision_of_a_video_network(clips, cheap, blend_frames):
+    dynamic = dynamic_from(Video(), clips, cheap=cheap, blend_frames=blend_frames, search_space=3)
+    fast = redconvert.deploy(dynamic, clips)
+    assert fast.source == "fx"
+    for channel in range(3):
+        for temporal in range(3):
+            with redconvert.forced(dynamic, channel=channel, temporal=temporal), torch.no_grad():
+                assert error(fast(clips), dynamic(clips)) < TIGHT, (channel, temporal)
+
+
+@pytest.mark.parametrize("frames", [5, 6, 7, 9])
+@pytest.mark.parametrize("blend_frames", [False, True], ids=["copies", "blends"])
+def test_clips_of_other_lengths_than_it_was_deployed_with(clips, frames, blend_frames):
+    dynamic = dynamic_from(Video(), clips, blend_frames=blend_frames)
+    fast = redconvert.deploy(dynamic, clips)
+    other = torch.randn(2, 3, frames, 20, 12)
+    for channel, temporal in ((0, 0), (0, 1), (1, 1)):
+        with redconvert.forced(dynamic, channel=channel, temporal=temporal), torch.no_grad():
+            assert error(fast(other), dynamic(other)) < TIGHT, (channel, temporal)
+
+
+def test_gates_and_samples_decide_as_in_the_eager_network(clips):
+    dynamic = dynamic_from(Video(), clips, blend_frames=True)
+    undecided_gates(dynamic)
+    fast = redconvert.deploy(dynamic, clips)
+    told: dict[str, dict[str, list]] = {"eager": {}, "deployed": {}}
+    outputs: list[Tensor] = []
+    for name, network in (("eager", dynamic), ("deployed", fast)):
+        seen = told[name]
+        listen = partial(lambda seen, layer, o: seen.setdefault(layer.layer_name, []).append(o), seen)
+        with redconvert.observed(network, listen), torch.no_grad():
+            outputs.append(network(clips))
+    assert error(outputs[1], outputs[0]) < TIGHT
+    assert told["eager"].keys() == told["deployed"].keys()
+    assert len({tuple(each[0].decisions) for each in told["eager"].values()}) > 3  # they do differ
+    for name, calls in told["eager"].items():
+        for ours, theirs in zip(told["deployed"][name], calls, strict=True):
+            assert ours.decisions == theirs.decisions
+            assert (ours.input_shape, ours.output_shape) == (theirs.input_shape, theirs.output_shape)
+            for mine, his in zip(ours.weights, theirs.weights, strict=True):
+                assert torch.allclose(mine, his, atol=1e-5)
+
+
+def test_candidates_per_sample(clips):
+    dynamic = dynamic_from(Video(), clips)
+    fast = redconvert.deploy(dynamic, clips)
+    with redconvert.forced(dynamic, channel=[0, 1, None], temporal=[1, None, 0]), torch.no_grad():
+        assert error(fast(clips), dynamic(clips)) < TIGHT
+    fast.one_by_one = False  # as on a GPU: the samples that decide alike run together
+    with redconvert.forced(dynamic, channel=[0, 1, 0], temporal=[1, 0, 1]), torch.no_grad():
+        assert error(fast(clips), dynamic(clips)) < TIGHT
+
+
+@pytest.mark.parametrize("cheap", ["pointwise", "scale", "depthwise"])
+def test_an_image_network(cheap):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 18, 18)
+    dynamic = dynamic_from(Image(), x, cheap=cheap)
+    fast = redconvert.deploy(dynamic, x)
+    for channel in (0, 1, [0, 1, 1, 0]):
+        with redconvert.forced(dynamic, channel=channel), torch.no_grad():
+            assert error(fast(x), dynamic(x)) < TIGHT
+    with redconvert.disabled(dynamic), torch.no_grad():
+        assert error(fast(x), dynamic(x)) < TIGHT
+
+
+def test_frames_folded_into_the_batch():
+    torch.manual_seed(0)
+    frames = torch.randn(2 * 4, 3, 18, 18)
+    dynamic = dynamic_from(Image(), frames, num_frames=4, blend_frames=True)
+    fast = redconvert.deploy(dynamic, frames)
+    for channel, temporal in ((0, 0), (1, 0), (0, 1), (1, 1), ([0, 1], [1, 0])):
+        with redconvert.forced(dynamic, channel=channel, temporal=temporal), torch.no_grad():
+            assert error(fast(frames), dynamic(frames)) < TIGHT, (channel, temporal)
+
+
+def test_copies_are_carried_and_temporal_taps_merged(clips, monkeypatch):
+    """8 frames, every second one computed: spatial convolutions see 4, 3 x 1 x 1 have 2 taps."""
+    dynamic = dynamic_from(Video(), clips)
+    fast = redconvert.deploy(dynamic)
+    ran: list[tuple[tuple[int, ...], int]] = []
+    original = PackedConv.__call__
+
+    def spy(self, x, *args, **kwargs):
+        ran.append((self.filter.kernel, x.shape[2]))
+        return original(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(PackedConv, "__call__", spy)
+    with redconvert.forced(dynamic, channel=0, temporal=1):
+        fast(clips[:1])
+    assert ran[:3] == [((3, 3, 3), 8), ((1, 3, 3), 4), ((2, 1, 1), 5)]  # one frame of zeros before the four
+
+
+def test_report_budget_and_efficiency_loss_see_the_deployed_network(clips):
+    dynamic = dynamic_from(Video(), clips)
+    undecided_gates(dynamic)
+    fast = redconvert.deploy(dynamic, clips)
+    ours, theirs = (redconvert.report(each, [clips], time=False) for each in (fast, dynamic))
+    assert ours.executed_macs == theirs.executed_macs and ours.dense_macs == theirs.dense_macs
+    assert [layer.to_dict() for layer in ours.layers] == [layer.to_dict() for layer in theirs.layers]
+    costs = []
+    for network in (fast, dynamic):
+        loss = redconvert.EfficiencyLoss(network, target=0.5)
+        with torch.no_grad():
+            costs.append(float(loss(network(clips))))
+        loss.close()
+    assert costs[0] == pytest.approx(costs[1], rel=1e-5)
+    before = fast(clips)
+    reached = redconvert.set_budget(fast, 0.75, [clips])
+    assert reached.mean <= 0.75
+    assert not torch.equal(fast(clips), before)  # thresholds are read at each call
+    with torch.no_grad():
+        assert error(fast(clips), dynamic(clips)) < TIGHT
+
+
+def test_report_times_the_units(clips):
+    dynamic = dynamic_from(Video(), clips)
+    found = redconvert.report(redconvert.deploy(dynamic, clips), [clips], repeats=1)
+    assert found.model == "Video"
+    assert all(layer.dense_ms > 0 and layer.dynamic_ms > 0 for layer in found.layers)
+
+
+def test_a_network_that_fx_cannot_trace_is_deployed_layer_by_layer(clips):
+    dynamic = dynamic_from(Undecided(), clips)
+    fast = redconvert.deploy(dynamic, clips)
+    assert fast.source == "layers" and "control flow" in fast.problem
+    for channel, temporal in ((0, 0), (1, 1), ([0, 1, 1], [1, 1, 0])):
+        with redconvert.forced(dynamic, channel=channel, temporal=temporal), torch.no_grad():
+            assert error(fast(clips), dynamic(clips)) < TIGHT
+    assert {id(p) for p in fast.parameters()} == {id(p) for p in dynamic.parameters()}  # nothing was copied
+
+
+def test_soft_gates_and_hooked_layers_run_as_they_are(clips):
+    dynamic = dynamic_from(Video(), clips, gate="soft")
+    undecided_gates(dynamic)
+    with torch.no_grad():
+        assert error(redconvert.deploy(dynamic, clips)(clips), dynamic(clips)) < TIGHT
+    hard = dynamic_from(Video(), clips)
+    hard.block1.spatial.register_forward_hook(lambda module, args, output: output * 2)
+    with torch.no_grad():
+        assert error(redconvert.deploy(hard, clips)(clips), hard(clips)) < TIGHT
+
+
+def test_bfloat16(clips):
+    dynamic = dynamic_from(Video(), clips).to(torch.bfloat16)
+    fast = redconvert.deploy(dynamic, clips.bfloat16())
+    exact = copy.deepcopy(dynamic).float()
+    for channel, temporal in ((0, 0), (1, 1)):
+        modes = [redconvert.forced(each, channel=channel, temporal=temporal) for each in (dynamic, exact)]
+        with modes[0], modes[1], torch.no_grad():
+            assert error(fast(clips.bfloat16()).float(), exact(clips)) < 0.05
+
+
+def test_without_a_compiler_everything_runs_in_pytorch(clips, monkeypatch):
+    from redconvert.deploy import kernels
+
+    monkeypatch.setattr(kernels, "compiled", lambda: None)
+    dynamic = dynamic_from(Video(), clips, blend_frames=True)
+    fast = redconvert.deploy(dynamic, clips)
+    for channel, temporal in ((0, 0), (1, 0), (1, 1)):
+        with redconvert.forced(dynamic, channel=channel, temporal=temporal), torch.no_grad():
+            assert error(fast(clips), dynamic(clips)) < TIGHT
+
+
+def test_forms_are_kept(clips):
+    dynamic = dynamic_from(Video(), clips)
+    with redconvert.forced(dynamic, channel=1, temporal=1):
+        forms = redconvert.deploy(dynamic, clips).forms()
+        again = redconvert.deploy(dynamic, clips, forms=forms)
+    assert forms and again.forms() == forms
+
+
+class Summing(nn.Module):
+    """Adds that must not be fused: a sum with itself, with a number, one spread out, and one whose source changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv3d(8, 8, 3, padding=1) for _ in range(5))
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.convs[0](x)
+        b = self.convs[1](a + a) + 1.5
+        c = self.convs[2](b) + b.mean((3, 4), keepdim=True)
+        d = self.convs[3](c)
+        c.mul_(0.5)  # the input of convs[3], changed between it and the add
+        d = self.relu(d + c)
+        e = self.convs[4](d)
+        d += e  # in place, and read again
+        return (d * e).mean((2, 3, 4))
+
+
+def test_adds_that_look_like_residuals(clips):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 4, 6, 6)
+    dynamic = dynamic_from(Summing(), x)
+    fast = redconvert.deploy(dynamic, x)
+    assert fast.source == "fx"
+    for channel, temporal in ((0, 0), (1, 1)):
+        with redconvert.forced(dynamic, channel=channel, temporal=temporal), torch.no_grad():
+            assert error(fast(x.clone()), dynamic(x.clone())) < TIGHT
+
+
+def test_refusals(clips):
+    dynamic = dynamic_from(Video(), clips)
+    fast = redconvert.deploy(dynamic, clips)
+    with pytest.raises(redconvert.RedconvertError, match="no dynamic layers"):
+        redconvert.deploy(Video())
+    with pytest.raises(redconvert.RedconvertError, match="deployed already"):
+        redconvert.deploy(fast)
+    with pytest.raises(redconvert.RedconvertError, match="for inference"):
+        fast.train()
+    with pytest.raises(redconvert.RedconvertError, match=r"deployed in torch\.float32 and its input is torch\.float64"):
+        fast(clips.double())
+    with pytest.raises(redconvert.RedconvertError, match="move or cast"):
+        fast.double()
+    with pytest.raises(redconvert.RedconvertError, match="empty batch"):
+        fast(clips[:0])
