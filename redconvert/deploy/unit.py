@@ -34,10 +34,14 @@ class Seen(NamedTuple):
 
 @dataclass
 class Batch:
-    """Which samples of the user's batch run now, and what the units saw of them."""
+    """Which samples of the user's batch run now, and what the units saw of them.
+
+    ``always_ask``: gates run even where everything is forced, for benchmarks of the whole.
+    """
 
     first: int = 0
     total: int = 1
+    always_ask: bool = False
     seen: dict[Unit, list[Seen]] = field(default_factory=dict)
 
 
@@ -134,7 +138,7 @@ class Unit(nn.Module):
         if layer.forced == (None, None):
             return self.gate(x)
         axes = self._forced(num_samples)
-        asked = any(index is None for axis in axes for index in axis)
+        asked = self.batch.always_ask or any(index is None for axis in axes for index in axis)
         gated, z = self.gate(x) if asked else ([FULL] * num_samples, None)
         rows = zip(gated, *axes, strict=True)
         return [Decision(g.channel if i is None else i, g.temporal if j is None else j) for g, i, j in rows], z

@@ -1,0 +1,220 @@
+"""Time against MACs: deployed dynamic networks beside every dense form at hand, and pruned ones.
+
+    python benchmarks/latency.py                                  # all networks, batch 1 and 8, float32
+    python benchmarks/latency.py --networks r2plus1d_18 --batches 1 --dtypes float32 bfloat16
+
+All forms of one network, batch and dtype run in turn in one process of their own, which gets the allocator settings
+of CONTRIBUTING.md; stop other work meanwhile. Rows: PyTorch eager, channels-last, folded, compiled with freezing,
+OpenVINO, and the deployed network, dense and with channels, frames or both at half; in batches of 8 also mixed.
+Torch-Pruning's networks have the MACs of "channels" and of "channels and frames", and run compiled. Weights are random:
+time does not depend on them. JSON is written after every network; what is in it already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, environment, write
+from torch import Tensor, nn
+
+import redconvert
+from redconvert.deploy.bench import Rival, bench
+
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "8000000000",
+    "MALLOC_TRIM_THRESHOLD_": "20000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+def _r2plus1d_18(batch: int) -> tuple[nn.Module, Any]:
+    import torchvision
+
+    return torchvision.models.video.r2plus1d_18(), torch.randn(batch, 3, 16, 112, 112)
+
+
+def _i3d(batch: int) -> tuple[nn.Module, Any]:
+    from redconvert import zoo
+
+    return zoo.create("i3d_kinetics"), torch.randn(batch, 3, 16, 224, 224)
+
+
+def _x3d_m(batch: int) -> tuple[nn.Module, Any]:
+    from pytorchvideo.models.x3d import create_x3d
+
+    model = create_x3d(input_clip_length=16, input_crop_size=224, depth_factor=2.2, model_num_class=400)
+    return model, torch.randn(batch, 3, 16, 224, 224)
+
+
+def _slowfast(batch: int) -> tuple[nn.Module, Any]:
+    from pytorchvideo.models.slowfast import create_slowfast
+
+    model = create_slowfast(model_num_class=400, head_pool_kernel_sizes=((8, 7, 7), (32, 7, 7)))
+    return model, [torch.randn(batch, 3, 8, 224, 224), torch.randn(batch, 3, 32, 224, 224)]
+
+
+def _resnet50(batch: int) -> tuple[nn.Module, Any]:
+    import torchvision
+
+    return torchvision.models.resnet50(), torch.randn(batch, 3, 224, 224)
+
+
+NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Any]]] = {
+    "r2plus1d_18": _r2plus1d_18,
+    "i3d": _i3d,
+    "x3d_m": _x3d_m,
+    "slowfast": _slowfast,
+    "resnet50": _resnet50,
+}
+
+
+# -- one network, in a process of its own --------------------------------------------------------------
+
+
+def measure(name: str, batch: int, dtype: str, repeats: int, measured: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model, inputs = NETWORKS[name](batch)
+    model = model.eval()
+    kind = getattr(torch, dtype)
+    one = [x[:1] for x in inputs] if isinstance(inputs, list) else inputs[:1]
+    config = redconvert.ConvertConfig(align=16)
+    options = {"measure": True} if measured else {}
+    dynamic = redconvert.convert(model, config, example_inputs=one, **options).to(kind)
+    inputs = [x.to(kind) for x in inputs] if isinstance(inputs, list) else inputs.to(kind)
+    rivals = {**_openvino(model, inputs, dtype, one), **_pruned(dynamic, model, one, inputs, kind)}
+    found = bench(dynamic, inputs, repeats=repeats, rivals=rivals)
+    print(found, file=sys.stderr)
+    return found.to_dict()
+
+
+def _openvino(model: nn.Module, inputs: Any, dtype: str, one: Any) -> dict[str, Rival]:
+    """Dense in OpenVINO, at the same precision; None where it is not installed or cannot read the network."""
+    try:
+        import openvino
+    except ImportError:
+        return {}
+    begin = time.perf_counter()
+    given = [x.float() for x in inputs] if isinstance(inputs, list) else inputs.float()
+    example = (given,)  # a list is the one argument
+    try:
+        hint = {"INFERENCE_PRECISION_HINT": "f32" if dtype == "float32" else "bf16"}
+        compiled = openvino.Core().compile_model(openvino.convert_model(model, example_input=example), "CPU", hint)
+        arrays = [x.numpy() for x in given] if isinstance(given, list) else [given.numpy()]
+        compiled(arrays)
+    except Exception as error:
+        print(f"OpenVINO: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        return {}
+    macs = redconvert.cost.dense_macs(model, one).total
+    return {"OpenVINO": Rival(lambda: compiled(arrays), macs, "dense", time.perf_counter() - begin)}
+
+
+def _pruned(dynamic: nn.Module, model: nn.Module, one: Any, inputs: Any, kind: torch.dtype) -> dict[str, Rival]:
+    """Torch-Pruning's smaller networks at the MACs of two of the dynamic rows, compiled with freezing."""
+    try:
+        import torch_pruning
+    except ImportError:
+        return {}
+    from torch._inductor import config
+
+    found = {}
+    dense = redconvert.cost.dense_macs(model, one).total
+    for label, (channel, temporal) in {"channels": (1, 0), "channels and frames": (1, 1)}.items():
+        try:
+            with redconvert.forced(dynamic, channel=channel, temporal=temporal):
+                cast = [x.to(kind) for x in one] if isinstance(one, list) else one.to(kind)
+                executed = redconvert.report(dynamic, [cast], time=False).executed_macs
+            begin = time.perf_counter()
+            # Uniform ratio over layers: MACs fall with its square.
+            smaller = _prune(torch_pruning, model, one, executed / dense)
+            macs = redconvert.cost.dense_macs(smaller, one).total
+            layout = torch.channels_last_3d if _is_video(inputs) else torch.channels_last
+            smaller = smaller.to(kind).to(memory_format=layout)
+            config.freezing = True
+            compiled = torch.compile(smaller)
+            with torch.no_grad():
+                compiled(inputs)
+        except Exception as error:
+            print(f"Torch-Pruning, {label}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+            continue
+        seconds = time.perf_counter() - begin
+        found[f"Torch-Pruning as {label}, compiled"] = Rival(
+            lambda compiled=compiled: compiled(inputs), macs, "pruned", seconds
+        )
+    return found
+
+
+def _prune(torch_pruning: Any, model: nn.Module, one: Any, share: float) -> nn.Module:
+    dense = redconvert.cost.dense_macs(model, one).total
+    low, high, best = 0.0, 0.9, None
+    for _ in range(6):
+        ratio = (low + high) / 2
+        pruned = copy.deepcopy(model)
+        ignored = [module for module in pruned.modules() if isinstance(module, nn.Linear)][-1:]
+        importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
+        pruner = torch_pruning.pruner.BasePruner(
+            pruned, one, importance, pruning_ratio=ratio, round_to=16, ignored_layers=ignored
+        )
+        pruner.step()
+        macs = redconvert.cost.dense_macs(pruned, one).total
+        if macs > share * dense:
+            low = ratio
+        else:
+            high, best = ratio, pruned
+    if best is None:
+        raise ValueError(f"cannot reach {share:.0%} of the MACs")
+    return best.eval()
+
+
+def _is_video(inputs: Any) -> bool:
+    first: Tensor = inputs[0] if isinstance(inputs, list) else inputs
+    return first.dim() == 5
+
+
+# -- all of them ---------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--measured", action="store_true", help="leave dense what gains nothing on this machine")
+    parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        name, batch, dtype = arguments.one.split("/")
+        print(json.dumps(measure(name, int(batch), dtype, arguments.repeats, arguments.measured)))
+        return
+    result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"what": __doc__.split("\n")[0]}
+    runs = result.setdefault("runs", {})
+    for name in arguments.networks:
+        for batch in arguments.batches:
+            for dtype in arguments.dtypes:
+                key = f"{name}/{batch}/{dtype}"
+                label = key + ("/measured" if arguments.measured else "")
+                if label in runs:
+                    continue
+                command = [sys.executable, __file__, "--one", key, "--repeats", str(arguments.repeats)]
+                command += ["--measured"] if arguments.measured else []
+                done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, stdout=subprocess.PIPE, text=True)
+                if done.returncode:
+                    print(f"{label}: failed", flush=True)
+                    continue
+                runs[label] = json.loads(done.stdout.splitlines()[-1])
+                write(result | environment(0), arguments.out)
+
+
+if __name__ == "__main__":
+    main()
