@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redconvert.errors import RedconvertError, require
-from redconvert.zoo.layout import check_clip
+from redconvert.zoo.layout import UNIT, check_clip
 from redconvert.zoo.registry import register_model
 
 __all__ = ["I3DKinetics", "SamePad3d", "i3d_kinetics"]
@@ -160,6 +160,8 @@ class I3DKinetics(nn.Module):
     Raises:
         RedconvertError: (forward) an input of another layout or type; the message says which axis is time.
     """
+
+    normalisation = UNIT
 
     def __init__(self, num_classes: int = 400, dropout: float = 0.0) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from redconvert.errors import require
 from redconvert.zoo.i3d_kinetics import BLOCKS, Inception, conv_unit
-from redconvert.zoo.layout import check_clip
+from redconvert.zoo.layout import UNIT, check_clip
 from redconvert.zoo.published import find_weights, load_published
 from redconvert.zoo.registry import register_model
 
@@ -53,6 +53,7 @@ class I3DV2(nn.Module):
     """
 
     example_shape = (1, 3, 16, 256, 256)
+    normalisation = UNIT
 
     def __init__(self, num_classes: int = 400, dropout: float = 0.2) -> None:
         super().__init__()

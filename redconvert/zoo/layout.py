@@ -8,7 +8,13 @@ from torch import Tensor
 
 from redconvert.errors import RedconvertError
 
-__all__ = ["check_clip", "check_images"]
+__all__ = ["IMAGENET", "KINETICS", "UNIT", "Normalisation", "check_clip", "check_images"]
+
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and deviation, for [0, 1]
+
+IMAGENET: Normalisation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+KINETICS: Normalisation = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # torchvision's
+UNIT: Normalisation = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # gives [-1, 1]
 
 
 def check_clip(name: str, x: Tensor, values: str = "float RGB", num_frames: int | None = None) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from redconvert.zoo.layout import check_images
+from redconvert.zoo.layout import IMAGENET, check_images
 from redconvert.zoo.registry import register_model
 
 __all__ = ["PSPNet", "PyramidPooling", "pspnet_resnet18"]
@@ -68,6 +68,7 @@ class PSPNet(nn.Module):
     """
 
     example_shape = (1, 3, 224, 224)
+    normalisation = IMAGENET
 
     def __init__(self, num_classes: int = 150, dropout: float = 0.1) -> None:
         super().__init__()

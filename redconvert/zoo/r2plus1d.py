@@ -18,7 +18,7 @@ from torchvision.models.video import R2Plus1D_18_Weights
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, R2Plus1dStem, VideoResNet
 
 from redconvert.errors import RedconvertError
-from redconvert.zoo.layout import check_clip
+from redconvert.zoo.layout import KINETICS, check_clip
 from redconvert.zoo.published import find_weights, load_published
 from redconvert.zoo.registry import register_model
 
@@ -77,6 +77,7 @@ class R2Plus1D(VideoResNet):
     """
 
     example_shape = (1, 3, 16, 128, 128)
+    normalisation = KINETICS
 
     def __init__(self, num_classes: int = 400, midplanes: str = "original") -> None:
         if midplanes not in MIDPLANES:

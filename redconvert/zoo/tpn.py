@@ -24,11 +24,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from redconvert.zoo.layout import check_clip
+from redconvert.zoo.layout import IMAGENET, KINETICS, check_clip
 from redconvert.zoo.published import find_weights, load_published
 from redconvert.zoo.r2plus1d import R2Plus1D
 from redconvert.zoo.registry import register_model
-from redconvert.zoo.tsn import IMAGENET, frames_of, resnet50_weights
+from redconvert.zoo.tsn import PUBLISHED, frames_of, resnet50_weights
 
 __all__ = ["TPNR2Plus1D", "TPNResNet50", "TemporalPyramid", "tpn_r2plus1d_18", "tpn_resnet50"]
 
@@ -114,6 +114,7 @@ class TPNR2Plus1D(nn.Module):
     """
 
     example_shape = (1, 3, 16, 128, 128)
+    normalisation = KINETICS
 
     def __init__(self, num_classes: int = 400, dropout: float = 0.5) -> None:
         super().__init__()
@@ -150,6 +151,7 @@ class TPNResNet50(nn.Module):
     """
 
     example_shape = (1, 3, 8, 224, 224)
+    normalisation = IMAGENET
 
     def __init__(self, num_classes: int = 400, dropout: float = 0.5) -> None:
         super().__init__()
@@ -203,7 +205,7 @@ def tpn_resnet50(weights: str | Path | None = None, num_classes: int = 400, drop
     """
     model = TPNResNet50(num_classes, dropout)
     if weights is not None:
-        state = resnet50_weights(find_weights("tpn_resnet50", weights, IMAGENET))
+        state = resnet50_weights(find_weights("tpn_resnet50", weights, PUBLISHED))
         own = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
         load_published("tpn_resnet50", model, {**state, **own}, head="fc")
     return model

@@ -11,11 +11,11 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
-from redconvert.zoo.layout import check_clip
+from redconvert.zoo.layout import IMAGENET, check_clip
 from redconvert.zoo.published import State, find_weights, load_published
 from redconvert.zoo.registry import register_model
 
-__all__ = ["IMAGENET", "TSN", "frames_of", "resnet50_weights", "tsn_resnet50"]
+__all__ = ["PUBLISHED", "TSN", "frames_of", "resnet50_weights", "tsn_resnet50"]
 
 # timm's names of ResNet-50's weights: its own recipe, and torchvision's two.
 _TAGS = {"A1_IN1K": "a1_in1k", "IMAGENET1K_V1": "tv_in1k", "IMAGENET1K_V2": "tv2_in1k"}
@@ -25,7 +25,7 @@ def _download(tag: str) -> State:
     return dict(timm.create_model(f"resnet50.{tag}", pretrained=True).state_dict())
 
 
-IMAGENET = {name: partial(_download, tag) for name, tag in _TAGS.items()}
+PUBLISHED = {name: partial(_download, tag) for name, tag in _TAGS.items()}
 
 
 def frames_of(clips: Tensor) -> Tensor:
@@ -52,6 +52,7 @@ class TSN(nn.Module):
     """
 
     example_shape = (1, 3, 16, 224, 224)
+    normalisation = IMAGENET
 
     def __init__(self, num_classes: int = 400, dropout: float = 0.5) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ def tsn_resnet50(weights: str | Path | None = None, num_classes: int = 400, drop
     """
     model = TSN(num_classes, dropout)
     if weights is not None:
-        state = resnet50_weights(find_weights("tsn_resnet50", weights, IMAGENET))
+        state = resnet50_weights(find_weights("tsn_resnet50", weights, PUBLISHED))
         load_published("tsn_resnet50", model, state, head="fc")
     return model
 

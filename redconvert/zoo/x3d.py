@@ -47,6 +47,7 @@ class X3D(Net):
     """
 
     example_shape = (1, 3, 16, 256, 256)
+    normalisation = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
 
     def __init__(self, num_classes: int = 400, dropout: float = 0.5) -> None:
         built = create_x3d(

@@ -87,6 +87,7 @@ class YOWO(nn.Module):
             raise RedconvertError(f"{name}: anchors must be pairs of a width and a height above 0, not {anchors!r}")
         self.name, self.num_classes = name, num_classes
         self.backbone = backbone
+        self.normalisation = backbone.normalisation
         self.head = nn.Sequential(
             _unit(channels, _WIDTH, 1),
             _unit(_WIDTH, _WIDTH, 3),
