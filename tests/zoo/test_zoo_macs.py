@@ -20,11 +20,11 @@ def counted(name: str, shape: tuple[int, ...], part: str = "", **options: object
 
     with torch.device("meta"):
         model, inputs = zoo.create(name, **options).eval(), torch.empty(shape)
+        macs = dense_macs(model, inputs).by_module[part]
         for module in model.get_submodule(part).modules():
             if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
                 module.register_forward_hook(count)
         model(inputs)
-        macs = dense_macs(model, inputs).by_module[part]
     return macs / 1e9, (macs + 2 * elements) / 1e9
 
 

@@ -19,7 +19,7 @@ from redconvert.zoo.yowo import ChannelAttention
 
 
 def test_correlation_by_loops() -> None:
-    layer = Correlation(channels=4, num_frames=3, groups=2, kernel=3, dilation=2)
+    layer = Correlation(channels=4, num_frames=3, groups=2, kernel=3, dilation=2).requires_grad_(False)
     x = torch.randn(2, 4, 3, 5, 6)
     found = layer(x)
     assert found.shape == (2, 9 * 2, 3, 5, 6)
