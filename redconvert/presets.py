@@ -27,9 +27,10 @@ from .errors import RedconvertError
 
 __all__ = ["Presets", "presets"]
 
-_SPATIAL = r"re:(?:backbone\.)?layer\d\.\d+\.conv[12]\.0\.0"
+# Rules here only leave layers out, so that `dataclasses.replace` reaches all the others.
+_NOT_SPATIAL = r"re:(?!(backbone\.)?layer\d\.\d+\.conv[12]\.0\.0$).*"
 _SQUEEZE = "*.norm_b.1.block.*"
-_TWO_PLUS_ONE = ConvertConfig(rules=((_SPATIAL, {}), ("*", None)))
+_TWO_PLUS_ONE = ConvertConfig(rules=((_NOT_SPATIAL, None),))
 _EVERY = ConvertConfig()
 
 _PRESETS = {
@@ -47,6 +48,12 @@ _PRESETS = {
 }
 
 
+class UnknownPresetError(RedconvertError, KeyError):
+    """A KeyError too, as mappings have it: ``presets.get(name)`` is then None."""
+
+    __str__ = Exception.__str__  # KeyError's own shows the message in quotes
+
+
 class Presets(Mapping[str, ConvertConfig]):
     """The presets by name; an unknown name is an error that gives the nearest one."""
 
@@ -54,11 +61,8 @@ class Presets(Mapping[str, ConvertConfig]):
         if name not in _PRESETS:
             near = difflib.get_close_matches(str(name).lower(), _PRESETS, n=1, cutoff=0.4)
             hint = f"Did you mean '{near[0]}'? " if near else ""
-            raise RedconvertError(f"There is no preset '{name}'. {hint}There are: {', '.join(sorted(_PRESETS))}.")
+            raise UnknownPresetError(f"There is no preset '{name}'. {hint}There are: {', '.join(sorted(_PRESETS))}.")
         return _PRESETS[name]
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own asks __getitem__ and expects a KeyError
-        return name in _PRESETS
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(_PRESETS))

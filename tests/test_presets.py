@@ -29,6 +29,7 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(redconvert.RedconvertError, match=r"no preset 'r2plus1d18'\. Did you mean 'r2plus1d_18'"):
         presets["r2plus1d18"]
     assert "r2plus1d18" not in presets and "r2plus1d_18" in presets
+    assert presets.get("r2plus1d18") is None
 
 
 @pytest.mark.parametrize(("name", "frames"), [("r2plus1d_18", 8), ("tpn_r2plus1d_18", 8), ("corrnet_r2plus1d_18", 16)])
@@ -36,7 +37,14 @@ def test_spatial_convolutions_of_r2plus1d(name: str, frames: int) -> None:
     plan = planned(name, (1, 3, frames, 16, 16))
     assert len(plan.converted) == 16
     assert {verdict.kind for verdict in plan.converted} == {"Conv3d 1x3x3"}
-    assert all(verdict.config.temporal and verdict.config.channel for verdict in plan.converted if not verdict.reason)
+    assert all(verdict.config.temporal and verdict.config.channel for verdict in plan.converted[:12])
+
+
+def test_a_changed_preset_changes_every_layer() -> None:
+    model = zoo.create("r2plus1d_18", num_classes=5)
+    config = replace(presets["r2plus1d_18"], search_space=3)
+    plan = redconvert.plan(model, config, example_inputs=torch.zeros(1, 3, 32, 16, 16))
+    assert len(plan.converted) == 16 and all(len(verdict.channels) == 3 for verdict in plan.converted)
 
 
 def test_every_convolution_of_i3d() -> None:

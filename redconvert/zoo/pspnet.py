@@ -57,7 +57,7 @@ class PSPNet(nn.Module):
     0.225). Output ``(N, num_classes, H, W)``: logits, bilinearly enlarged from ``(N, num_classes, H/8, W/8)``. The
     encoder gives ``(N, 512, H/8, W/8)``.
 
-    The encoder takes 10.6 GMACs at 224x224, 10.7 with two more for each norm element.
+    The encoder takes 10.6 GMACs at 224x224 (10.7 with two more for each norm element), the whole network 20.0.
 
     Args:
         num_classes: number of logits for each pixel.
