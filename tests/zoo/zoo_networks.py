@@ -55,6 +55,9 @@ class Case:
 
 # ResNet-50's widest layers: calibrating 1024 and 2048 channels takes seconds each, for nothing that is new here.
 _WIDE = (("re:backbone\\.layer[34]\\..*(conv3|downsample\\.0)", None),)
+# Stages that another network here has too.
+_LATE = (("backbone.layer[34].*", None),)
+_LONG = (("backbone.blocks.3.*", None),)
 _BOXES = 5 * (5 + CLASSES)
 
 CASES = {
@@ -63,12 +66,12 @@ CASES = {
         Case("r2plus1d_18", (2, 3, 8, 32, 32), (2, CLASSES)),
         Case("i3d_v2", (2, 3, 8, 32, 32), (2, CLASSES)),
         Case("x3d_m", (2, 3, 4, 32, 32), (2, CLASSES)),
-        Case("tpn_r2plus1d_18", (2, 3, 8, 32, 32), (2, CLASSES)),
-        Case("tpn_resnet50", (2, 3, 4, 32, 32), (2, CLASSES), rules=_WIDE),
-        Case("corrnet_r2plus1d_18", (2, 3, 8, 16, 16), (2, CLASSES), {"num_frames": 8}),
+        Case("tpn_r2plus1d_18", (2, 3, 8, 32, 32), (2, CLASSES), rules=_LATE),
+        Case("tpn_resnet50", (2, 3, 4, 32, 32), (2, CLASSES), rules=_LATE),
+        Case("corrnet_r2plus1d_18", (2, 3, 8, 16, 16), (2, CLASSES), {"num_frames": 8}, (("layer[34].*", None),)),
         Case("tsn_resnet50", (2, 3, 4, 32, 32), (2, CLASSES), rules=_WIDE),
         Case("pspnet_resnet18", (2, 3, 32, 32), (2, CLASSES, 32, 32)),
         Case("yowo_i3d", (2, 3, 8, 32, 32), (2, _BOXES, 1, 1), {"freeze_backbone": True}),
-        Case("yowo_x3d_m", (2, 3, 4, 32, 32), (2, _BOXES, 1, 1), {"freeze_backbone": True}),
+        Case("yowo_x3d_m", (2, 3, 4, 32, 32), (2, _BOXES, 1, 1), {"freeze_backbone": True}, _LONG),
     )
 }
