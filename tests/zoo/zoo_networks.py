@@ -65,7 +65,7 @@ CASES = {
     for case in (
         Case("r2plus1d_18", (2, 3, 8, 32, 32), (2, CLASSES)),
         Case("i3d_v2", (2, 3, 8, 32, 32), (2, CLASSES)),
-        Case("x3d_m", (2, 3, 4, 32, 32), (2, CLASSES)),
+        Case("x3d_m", (2, 3, 4, 32, 32), (2, CLASSES), rules=(("blocks.4.*", None),)),
         Case("tpn_r2plus1d_18", (2, 3, 8, 32, 32), (2, CLASSES), rules=_LATE),
         Case("tpn_resnet50", (2, 3, 4, 32, 32), (2, CLASSES), rules=_LATE),
         Case("corrnet_r2plus1d_18", (2, 3, 8, 16, 16), (2, CLASSES), {"num_frames": 8}, (("layer[34].*", None),)),
