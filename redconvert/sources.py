@@ -168,13 +168,17 @@ def _factory(module_path: str, attribute: str) -> nn.Module:
 
 
 def guess_inputs(model: nn.Module, config: ConvertConfig) -> tuple[Any, Plan]:
-    """The first usual input shape that the network runs on, as tensors, and the plan it gives.
+    """The first input shape that the network runs on, as tensors, and the plan it gives.
+
+    Networks of the zoo name the shape that they were made for; the others are tried with the usual ones.
 
     Raises:
         RedconvertError: it runs on none of them.
     """
     video = any(isinstance(module, nn.Conv3d) for module in model.modules())
-    for shape in VIDEO_INPUTS if video else IMAGE_INPUTS:
+    named = getattr(model, "example_shape", None)
+    own: tuple[Any, ...] = (named,) if _is_shape(named) else ()
+    for shape in own + (VIDEO_INPUTS if video else IMAGE_INPUTS):
         inputs = tensors_of(shape)
         try:
             return inputs, make_plan(model, config, example_inputs=inputs)
@@ -185,6 +189,10 @@ def guess_inputs(model: nn.Module, config: ConvertConfig) -> tuple[Any, Plan]:
         f"{type(model).__name__} runs on none of the usual inputs: give the shape it takes, for example "
         f"--input {'1,3,16,112,112' if video else '1,3,224,224'} (repeat --input for a list)"
     )
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(isinstance(size, int) and size > 0 for size in value)
 
 
 def tensors_of(shape: Sequence[Any]) -> Any:

@@ -260,11 +260,13 @@ def test_normalisation_is_the_librarys():
         ("torchvision:r3d_18", True): ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),
         ("torchvision:fasterrcnn_resnet50_fpn", False): ((0, 0, 0), (1, 1, 1)),
         ("pytorchvideo:x3d_m", True): ((0.45,) * 3, (0.225,) * 3),
-        ("zoo:i3d_kinetics", True): ((0.5,) * 3, (0.5,) * 3),
         ("my.module:net", False): imagenet,
     }
     for (name, video), wanted in cases.items():
         assert default_normalisation(name, plain, video) == wanted
+    with torch.device("meta"):
+        network = open_source("zoo:i3d_kinetics").model
+    assert default_normalisation("zoo:i3d_kinetics", network, True) == ((0.5,) * 3, (0.5,) * 3)
     for name, wanted in (("resnet10t", imagenet), ("tf_efficientnet_lite0", ((0.5,) * 3, (0.5,) * 3))):
         assert default_normalisation(f"timm:{name}", timm.create_model(name), False) == wanted
 

@@ -260,9 +260,10 @@ class _Run:
             call_with(self.model, _twice(inputs))
 
     def _count(self, inputs: Any) -> int:
-        """Samples of a batch: rows, or clips where the layers take frames in the batch."""
-        layer = next(iter(self.layers.values()))
-        return tensors_in(inputs)[0].shape[0] // layer.frames_per_sample
+        """Samples of a batch: rows, or clips where it is a batch of frames. Clips that the network folds are rows."""
+        layer, first = next(iter(self.layers.values())), tensors_in(inputs)[0]
+        frames = first.dim() == layer.weight.dim()
+        return first.shape[0] // layer.frames_per_sample if frames else first.shape[0]
 
     def _finish(self, moments: list[tuple[DynamicConv, Any]]) -> None:
         """Sum over processes, and look only then: all find the same, and raise alike."""

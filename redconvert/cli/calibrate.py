@@ -62,7 +62,7 @@ def calibrate(
     num_frames: NumFrames = None,
 ) -> None:
     """Convert a network, give its cheap operations a start from unlabelled videos or images, and save it."""
-    settings = read_config(config, rule, search_space, num_frames)
+    settings = read_config(config, rule, search_space, num_frames, model)
     colours = three_numbers(mean, "--mean") if mean else None, three_numbers(std, "--std") if std else None
     _check_targets(out, plot)
     network = _open(model, weights, trust)

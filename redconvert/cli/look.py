@@ -34,7 +34,7 @@ def inspect(
     """Layers, MACs, what would become dynamic and why not the rest, and the lowest MACs it could cost."""
     from ..sources import guess_architecture, open_source
 
-    settings = read_config(config, rule, search_space, num_frames)
+    settings = read_config(config, rule, search_space, num_frames, model)
     source = open_source(model, trust=trust)
     if source.saved is not None:
         show_saved(source.name, source.saved, as_json)
@@ -71,7 +71,7 @@ def plan(
     num_frames: NumFrames = None,
 ) -> None:
     """A dry run of convert: the verdict and the reason for each convolution."""
-    settings = read_config(config, rule, search_space, num_frames)
+    settings = read_config(config, rule, search_space, num_frames, model)
     _, made = inputs_and_plan(open_network(model, trust), settings, inputs, as_json)
     if as_json:
         print(made.to_json())

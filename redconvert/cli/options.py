@@ -9,6 +9,7 @@ import typer
 
 from ..config import ConvertConfig, LayerConfig
 from ..errors import RedconvertError
+from ..presets import presets
 
 __all__ = [
     "AsJson",
@@ -42,27 +43,43 @@ Rules = Annotated[
         "temporal or both.",
     ),
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="A ConvertConfig as JSON.", show_default=False)]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="A ConvertConfig as JSON, or a preset: r2plus1d_18, x3d_m, ...", show_default=False),
+]
 SearchSpace = Annotated[int | None, typer.Option(help="Candidates on each axis.", show_default="2")]
 NumFrames = Annotated[int | None, typer.Option(help="Frames per clip where a 2D network's batch holds frames.")]
 
 
 def read_config(
-    file: Path | None, rules: list[str] | None, search_space: int | None, num_frames: int | None
+    file: Path | None,
+    rules: list[str] | None,
+    search_space: int | None,
+    num_frames: int | None,
+    model: str = "",
 ) -> ConvertConfig:
-    if file is None:
-        values: dict[str, Any] = {}
-    else:
-        try:
-            values = ConvertConfig.from_json(file.read_text(encoding="utf-8")).to_dict()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RedconvertError(f"the config '{file}' could not be read: {error}") from error
+    """The config that the options describe; networks of the zoo that take frames in the batch know how many."""
+    values = {} if file is None else _config_of(file)
+    known = presets[model[4:]].num_frames if model.startswith("zoo:") and model[4:] in presets else None
+    if known is not None:
+        values.setdefault("num_frames", known)
     if search_space is not None:
         values["search_space"] = search_space
     if num_frames is not None:
         values["num_frames"] = num_frames
     values["rules"] = [*(_rule(text) for text in rules or ()), *values.get("rules", ())]
     return ConvertConfig.from_dict(values)
+
+
+def _config_of(file: Path) -> dict[str, Any]:
+    if str(file) in presets and not file.exists():
+        return presets[str(file)].to_dict()
+    try:
+        return ConvertConfig.from_json(file.read_text(encoding="utf-8")).to_dict()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RedconvertError(
+            f"the config '{file}' could not be read: {error}. Presets are {', '.join(presets)}"
+        ) from error
 
 
 SETTINGS: dict[str, dict[str, bool] | None] = {

@@ -13,13 +13,12 @@ Colours = tuple[float, float, float]
 
 IMAGENET: tuple[Colours, Colours] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINETICS: tuple[Colours, Colours] = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
-UNIT: tuple[Colours, Colours] = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # [-1, 1]
 
 
 def default_normalisation(name: str, network: nn.Module, video: bool) -> tuple[Colours, Colours]:
     """Mean and standard deviation for values in [0, 1], three numbers each, as the model's library has them.
 
-    timm and torchvision know them for each model. Where nobody does, ImageNet's for images and Kinetics' for video.
+    timm, torchvision and the zoo know them for each model. Where nobody does: ImageNet for images, Kinetics for video.
     """
     library, _, rest = name.partition(":")
     config = getattr(network, "pretrained_cfg", None)  # timm
@@ -27,8 +26,8 @@ def default_normalisation(name: str, network: nn.Module, video: bool) -> tuple[C
         return tuple(config["mean"]), tuple(config["std"])
     if library == "torchvision":
         return _torchvision(rest)
-    if library == "zoo" and rest == "i3d_kinetics":
-        return UNIT
+    if library == "zoo":
+        return getattr(network, "normalisation", KINETICS if video else IMAGENET)
     return KINETICS if library == "pytorchvideo" or (video and library != "timm") else IMAGENET
 
 

@@ -113,10 +113,13 @@ class OneSource(CheapOp):
 
     @torch.no_grad()
     def fit(self, within: Tensor, across: Tensor, mean_x: Tensor, mean_y: Tensor, ridge: float) -> Tensor:
-        # The source is the kept channel that explains most of the variance of the dropped one.
-        variance = within.diagonal().clamp_min(torch.finfo(within.dtype).tiny)
-        source = (across.square() / variance).argmax(1)
-        scale = across.gather(1, source[:, None]).squeeze(1) / variance[source]
+        # The source is the kept channel that explains most of the variance of the dropped one. A constant one explains
+        # nothing: what stands in its covariances is rounding, which a division by its variance would blow up.
+        variance = within.diagonal()
+        floor = 1e-9 * variance.mean().clamp_min(torch.finfo(within.dtype).tiny)
+        slopes = torch.where(variance > floor, across / variance.clamp_min(floor), torch.zeros_like(across))
+        source = (slopes * across).argmax(1)
+        scale = slopes.gather(1, source[:, None]).squeeze(1)
         self.source.copy_(source)
         self._set_scale(scale.to(self.weight.dtype))
         self.bias.copy_(mean_y - scale * mean_x[source])

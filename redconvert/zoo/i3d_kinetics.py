@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redconvert.errors import RedconvertError, require
+from redconvert.zoo.layout import UNIT, check_clip
 from redconvert.zoo.registry import register_model
 
 __all__ = ["I3DKinetics", "SamePad3d", "i3d_kinetics"]
@@ -30,7 +30,7 @@ __all__ = ["I3DKinetics", "SamePad3d", "i3d_kinetics"]
 Triple = tuple[int, int, int]
 
 # Output channels per block: branch0, (branch1 a, b), (branch2 a, b), branch3.
-_MIXED: dict[str, tuple[int, tuple[int, int], tuple[int, int], int]] = {
+BLOCKS: dict[str, tuple[int, tuple[int, int], tuple[int, int], int]] = {
     "3b": (64, (96, 128), (16, 32), 32),
     "3c": (128, (128, 192), (32, 96), 64),
     "4b": (192, (96, 208), (16, 48), 64),
@@ -161,6 +161,8 @@ class I3DKinetics(nn.Module):
         RedconvertError: (forward) an input of another layout or type; the message says which axis is time.
     """
 
+    normalisation = UNIT
+
     def __init__(self, num_classes: int = 400, dropout: float = 0.0) -> None:
         super().__init__()
         self.stem = nn.Sequential(
@@ -172,23 +174,23 @@ class I3DKinetics(nn.Module):
                 pool2=same_max_pool((1, 3, 3), (1, 2, 2)),
             )
         )
-        self.mixed_3b = Inception(192, _MIXED["3b"])
-        self.mixed_3c = Inception(256, _MIXED["3c"])
+        self.mixed_3b = Inception(192, BLOCKS["3b"])
+        self.mixed_3c = Inception(256, BLOCKS["3c"])
         self.pool3 = same_max_pool((3, 3, 3), (2, 2, 2))
-        self.mixed_4b = Inception(480, _MIXED["4b"])
-        self.mixed_4c = Inception(512, _MIXED["4c"])
-        self.mixed_4d = Inception(512, _MIXED["4d"])
-        self.mixed_4e = Inception(512, _MIXED["4e"])
-        self.mixed_4f = Inception(528, _MIXED["4f"])
+        self.mixed_4b = Inception(480, BLOCKS["4b"])
+        self.mixed_4c = Inception(512, BLOCKS["4c"])
+        self.mixed_4d = Inception(512, BLOCKS["4d"])
+        self.mixed_4e = Inception(512, BLOCKS["4e"])
+        self.mixed_4f = Inception(528, BLOCKS["4f"])
         self.pool4 = same_max_pool((2, 2, 2), (2, 2, 2))
-        self.mixed_5b = Inception(832, _MIXED["5b"])
-        self.mixed_5c = Inception(832, _MIXED["5c"])
+        self.mixed_5b = Inception(832, BLOCKS["5b"])
+        self.mixed_5c = Inception(832, BLOCKS["5c"])
         self.head_pool = HeadPool()
         self.dropout = nn.Dropout(dropout)
         self.logits = nn.Conv3d(1024, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        _check_clip(x)
+        check_clip("i3d_kinetics", x, "float RGB in [-1, 1]")
         x = self.stem(x)
         x = self.pool3(self.mixed_3c(self.mixed_3b(x)))
         x = self.mixed_4d(self.mixed_4c(self.mixed_4b(x)))
@@ -196,34 +198,6 @@ class I3DKinetics(nn.Module):
         x = self.mixed_5c(self.mixed_5b(x))
         x = self.logits(self.dropout(self.head_pool(x)))
         return x.mean(dim=(2, 3, 4))
-
-
-def _check_clip(x: Tensor) -> None:
-    """Raise unless x is a float ``(N, 3, T, H, W)``; no check while tracing, where shapes may be symbols."""
-    if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return
-    shape = tuple(x.shape)
-    if x.dim() == 5 and shape[1] == 3 and min(shape[2:]) > 0:
-        if not x.is_floating_point():
-            raise RedconvertError(
-                f"i3d_kinetics: the input is {x.dtype}; it takes float RGB in [-1, 1]. "
-                "redconvert.data.to_clip makes that from uint8 frames."
-            )
-        return
-    hint = "Give it five axes, three colours, and at least one frame."
-    if x.dim() == 5 and shape[4] == 3:
-        hint = "This looks like channels last, (N, T, H, W, 3): use x.permute(0, 4, 1, 2, 3)."
-    elif x.dim() == 5 and shape[2] == 3:
-        hint = "This looks like (N, T, 3, H, W): use x.transpose(1, 2)."
-    elif x.dim() == 4 and shape[0] == 3:
-        hint = "This looks like one clip (3, T, H, W): use x.unsqueeze(0)."
-    elif x.dim() == 4 and shape[1] == 3:
-        hint = "This looks like frames (T, 3, H, W): use x.transpose(0, 1).unsqueeze(0)."
-    elif x.dim() == 4 and shape[3] == 3:
-        hint = "This looks like frames (T, H, W, 3): use x.permute(3, 0, 1, 2).unsqueeze(0)."
-    raise RedconvertError(
-        f"i3d_kinetics: the input has shape {shape}; it takes (N, 3, T, H, W), time is axis 2, colour is axis 1. {hint}"
-    )
 
 
 # --- weights -------------------------------------------------------------------------------------------------------
@@ -352,7 +326,7 @@ def _to_state_dict(arrays: dict[str, Any], path: Path) -> dict[str, Tensor]:
         return tensor.permute(4, 3, 0, 1, 2)
 
     units = {"stem.conv1": "Conv3d_1a_7x7", "stem.conv2": "Conv3d_2b_1x1", "stem.conv3": "Conv3d_2c_3x3"}
-    units |= {f"mixed_{b}.{ours}": f"Mixed_{b}/{theirs}" for b in _MIXED for ours, theirs in _BRANCHES.items()}
+    units |= {f"mixed_{b}.{ours}": f"Mixed_{b}/{theirs}" for b in BLOCKS for ours, theirs in _BRANCHES.items()}
     state: dict[str, Tensor] = {}
     for ours, theirs in units.items():
         state[f"{ours}.conv.weight"] = kernel(f"params/{theirs}/Conv_0/kernel")

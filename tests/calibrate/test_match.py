@@ -9,6 +9,7 @@ from torch import nn
 import redconvert
 from redconvert.calibrate.match import HIGHEST_SCALE
 from redconvert.layers import dynamic_layers
+from redconvert.layers.cheap import Scale
 
 
 def network(width: int = 16, seed: int = 0) -> nn.Sequential:
@@ -129,3 +130,14 @@ def test_refusals():
         redconvert.calibrate(dynamic, batches(), decisions="all")
     with pytest.raises(redconvert.RedconvertError, match=r"read only once: pass a list .* match=False"):
         redconvert.calibrate(dynamic, iter(batches()), rounds=0)
+
+
+def test_a_constant_channel_rebuilds_nothing():
+    """Rounding leaves a covariance where there is no variance; divided by it, the weights were infinite."""
+    op = Scale(kept=2, dropped=1)
+    within = torch.diag(torch.tensor([0.0, 4.0], dtype=torch.float64))
+    across = torch.tensor([[1e-17, 2.0]], dtype=torch.float64)
+    means = torch.tensor([7.0, 3.0], dtype=torch.float64)
+    coefficients = op.fit(within, across, means, torch.tensor([1.0], dtype=torch.float64), ridge=1e-3)
+    assert coefficients.tolist() == [[0.0, 0.5]]
+    assert (op.source.item(), op.weight.item(), op.bias.item()) == (1, 0.5, 1 - 0.5 * 3)
