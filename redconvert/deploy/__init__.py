@@ -1,0 +1,5 @@
+"""Fast networks for inference."""
+
+from .frozen import freeze
+
+__all__ = ["freeze"]
