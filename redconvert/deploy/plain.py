@@ -268,14 +268,17 @@ def rebuild_frames(
     if weight is not None and bias is not None:
         frames = [y, *_rebuilt(y, weight.to(y.dtype), bias.to(y.dtype), time, -1 if last else channel)]
     out = torch.stack(frames, dim=time).flatten(time - 1, time)
-    out = out.narrow(time, 0, num_frames)  # the last group may be shorter
+    out = _in_time(out, time, slice(num_frames))  # the last group may be shorter
     out = out.flatten(0, 1) if folded else out
     return out.movedim(-1, channel) if last else out
 
 
+def _in_time(y: Tensor, time: int, frames: slice) -> Tensor:
+    return y[..., frames, :, :] if time == -3 else y[..., frames, :, :, :]
+
+
 def _rebuilt(y: Tensor, weight: Tensor, bias: Tensor, time: int, channel: int) -> list[Tensor]:
-    count = y.shape[time]
-    following = torch.cat([y.narrow(time, 1, count - 1), y.narrow(time, count - 1, 1)], dim=time)
+    following = torch.cat([_in_time(y, time, slice(1, None)), _in_time(y, time, slice(-1, None))], dim=time)
     shape = (-1, *(1,) * (-1 - channel))
     return [
         torch.addcmul(torch.addcmul(b.view(shape), y, w[0].view(shape)), following, w[1].view(shape))
