@@ -69,3 +69,18 @@ def _dynamic(model: nn.Module, x: Tensor, config: dict, dtype: torch.dtype) -> t
     for layer in dynamic_layers(dynamic).values():
         randomize(layer)
     return dynamic.eval().to(dtype), x.to(dtype)
+
+
+def state(network):
+    """All that a refused freeze must leave: classes, attributes, tensors."""
+    return [
+        (name, type(module), sorted(vars(module)), {k: v.clone() for k, v in module.state_dict().items()})
+        for name, module in network.named_modules()
+    ]
+
+
+def same(before, after):
+    return all(
+        a[:3] == b[:3] and a[3].keys() == b[3].keys() and all(torch.equal(a[3][k], b[3][k]) for k in a[3])
+        for a, b in zip(before, after, strict=True)
+    )
