@@ -1,5 +1,6 @@
 """redconvert: turn a pretrained video or image network into one that decides, per input, how much to compute."""
 
+from . import zoo
 from .budget import Budget, clear_budget, keep_budget, set_budget
 from .calibrate import Calibration, calibrate
 from .checkpoint import from_pretrained, load_weights, save_pretrained
@@ -7,14 +8,16 @@ from .config import ConvertConfig, LayerConfig
 from .convert import Plan, convert, revert
 from .convert import make_plan as plan
 from .cost import Report, report
-from .deploy import Deployed, deploy
+from .deploy import Bench, Deployed, bench, deploy, export_onnx, freeze
 from .errors import RedconvertError
 from .finetune import EfficiencyLoss, History, distillation_loss, finetune, frozen_original, parameter_groups
 from .layers import DynamicConv2d, DynamicConv3d, Recipe, disabled, forced, observed, register
+from .presets import presets
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bench",
     "Budget",
     "Calibration",
     "ConvertConfig",
@@ -29,14 +32,17 @@ __all__ = [
     "RedconvertError",
     "Report",
     "__version__",
+    "bench",
     "calibrate",
     "clear_budget",
     "convert",
     "deploy",
     "disabled",
     "distillation_loss",
+    "export_onnx",
     "finetune",
     "forced",
+    "freeze",
     "from_pretrained",
     "frozen_original",
     "keep_budget",
@@ -44,9 +50,11 @@ __all__ = [
     "observed",
     "parameter_groups",
     "plan",
+    "presets",
     "register",
     "report",
     "revert",
     "save_pretrained",
     "set_budget",
+    "zoo",
 ]

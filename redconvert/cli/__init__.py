@@ -1,6 +1,6 @@
-"""redconvert-cli: what a network costs, what would become dynamic, calibration, time, and a demo on a real video."""
+"""redconvert-cli: what a network costs, what would become dynamic, calibration, time, export, and a demo on a video."""
 
-from . import bench, calibrate, demo, look  # each registers its commands
+from . import bench, calibrate, demo, export, look  # each registers its commands
 from .app import app, main
 
-__all__ = ["app", "bench", "calibrate", "demo", "look", "main"]
+__all__ = ["app", "bench", "calibrate", "demo", "export", "look", "main"]

@@ -23,7 +23,7 @@ from ..layers.macs import LayerMacs, layer_macs
 from ..layers.recipes import recipe_of
 from .trace import ConvFacts, Trace, trace
 
-__all__ = ["Plan", "Verdict", "check_model", "make_plan", "obstacle"]
+__all__ = ["Plan", "Verdict", "check_model", "make_plan", "matches", "obstacle"]
 
 # Shapes that stand in where no example says how large a layer's input is: they only decide min_saving.
 NOMINAL_FRAMES, NOMINAL_SIZE = 8, 28
@@ -201,7 +201,7 @@ def _assign_rules(
         hits = [
             number
             for number, (pattern, _) in enumerate(config.rules, start=1)
-            if any(_matches(pattern, candidate, module) for candidate in (name, *others))
+            if any(matches(pattern, candidate, module) for candidate in (name, *others))
         ]
         matched.update(hits)
         found[name] = (hits[0], config.rules[hits[0] - 1][1]) if hits else None  # type: ignore[assignment]
@@ -215,7 +215,8 @@ def _assign_rules(
     return found
 
 
-def _matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
+def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
+    """Whether a rule's pattern (glob, ``re:...``, type or callable) means this module."""
     if isinstance(pattern, type):
         return isinstance(module, pattern)
     if isinstance(pattern, str):

@@ -13,7 +13,7 @@ from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d, dynamic_layers
 from ..layers.conv import ADDED_ATTRIBUTES, ADDED_MODULES
 from .plan import make_plan
 
-__all__ = ["convert", "convert_layer", "revert"]
+__all__ = ["convert", "convert_layer", "restore_layer", "revert"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -65,7 +65,7 @@ def convert(model: M, config: ConvertConfig | None = None, *, example_inputs: An
             )
     except BaseException:
         for layer in done:
-            _restore(layer)
+            restore_layer(layer)
         raise
     return target
 
@@ -87,7 +87,7 @@ def convert_layer(
         if feeds_norm:
             conv.feeds_norm = True
     except BaseException:
-        _restore(conv)
+        restore_layer(conv)
         raise
     return conv
 
@@ -95,7 +95,7 @@ def convert_layer(
 def revert(model: M) -> M:
     """Undo conversion in place: the original modules, to the object, with the weights as they are now."""
     for layer in dynamic_layers(model).values():
-        _restore(layer)
+        restore_layer(layer)
     return model
 
 
@@ -109,7 +109,8 @@ def copied(model: M) -> M:
         ) from error
 
 
-def _restore(layer: DynamicConv) -> None:
+def restore_layer(layer: DynamicConv) -> None:
+    """Make one layer the convolution that it was, in place."""
     dense = layer.dense_class
     for name in ADDED_MODULES:
         layer._modules.pop(name, None)

@@ -1,5 +1,8 @@
-"""From a converted network to one that is fast."""
+"""Networks for inference: fast here, with one policy baked in, or as files for other runtimes."""
 
+from .bench import Bench, bench
 from .engine import Deployed, deploy
+from .export import export_onnx
+from .frozen import freeze
 
-__all__ = ["Deployed", "deploy"]
+__all__ = ["Bench", "Deployed", "bench", "deploy", "export_onnx", "freeze"]

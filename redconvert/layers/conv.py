@@ -16,7 +16,7 @@ from .candidates import Candidates
 from .cheap import ChannelRebuild, FrameRebuild, resolve_cheap
 from .gate import Gate, GateWeights, candidate_weights, largest_open
 from .geometry import check_input, output_size
-from .masked import CheckpointedMix, attach, pool, replace_value
+from .masked import CheckpointedMix, attach, choose, pool, replace_value
 from .recipes import Recipe, recipe_of
 from .routing import FULL, Decision, decide, group_samples, route, sample_rows, select
 
@@ -196,9 +196,9 @@ class DynamicConv(nn.Module):
             raise RedconvertError(
                 f"layer '{self.layer_name}': forced() got {len(listed)} {axis} candidates for {num_samples} samples"
             )
+        wanted = [None if i is None else self.candidates.nearest(axis, i) for i in listed]
         # A network that folds frames into its batch asks once per sample.
-        repeated = (i for i in listed for _ in range(num_samples // len(listed)))
-        return [None if i is None else self.candidates.nearest(axis, i) for i in repeated]
+        return [i for i in wanted for _ in range(num_samples // len(listed))]
 
     def _force(self, axis: str, gated: Tensor, num_samples: int, x: Tensor) -> Tensor:
         """``gated (N, S)`` with the rows replaced that `forced` names a candidate for."""
@@ -256,7 +256,7 @@ class DynamicConv(nn.Module):
         y = self.dense_class.forward(self, x)
         hard = self.config.gate == "hard"
         if not self.training:
-            return self.mix(y, self._hard(weights) if hard else weights)
+            return choose(self, y, weights) if hard else self.mix(y, weights)
         out = self.mix(y, weights)
         if hard:
             out = replace_value(out, self.mix(y.detach(), self._hard(weights)).detach())

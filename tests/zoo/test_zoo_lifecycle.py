@@ -51,6 +51,8 @@ def test_lifecycle(name: str, tmp_path: Path) -> None:
 
     trained = _run(dynamic.eval(), clip)
     assert trained.isfinite().all() and not torch.equal(trained, dense)
+    deployed = _run(redconvert.deploy(dynamic, clip), clip)
+    assert (deployed - trained).abs().max() <= 1e-4 * trained.abs().max()
     redconvert.save_pretrained(dynamic, tmp_path)
     loaded = redconvert.from_pretrained(case.empty(), tmp_path, inplace=True).eval()
     assert torch.equal(_run(loaded, clip), trained)

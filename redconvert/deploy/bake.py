@@ -1,0 +1,190 @@
+"""From one candidate of a dynamic layer to the plain modules that compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import DynamicConv, Recipe
+from ..layers.cheap import Depthwise, OneSource, Pointwise
+from .plain import JoinChannels, Pad, RebuildFrames, RecipePad, ScaleChannels, TakeChannels, TakeFrames
+
+__all__ = ["Parts", "bake"]
+
+
+class Parts(NamedTuple):
+    """What a `FrozenConv` holds."""
+
+    take: nn.Module
+    conv: nn.Module
+    rebuild: nn.Module
+    expand: nn.Module | None
+    candidate: tuple[int, int]
+
+
+@torch.no_grad()
+def bake(layer: DynamicConv, channel: int, temporal: int) -> Parts | None:
+    """The parts of one candidate; None where it is the full one. The layer is not changed."""
+    if channel == temporal == 0:
+        return None
+    computed, dropped = _ranks(layer, channel)
+    pads, padding = _padding(layer)
+    steps = [*_frames_to_take(layer, temporal), *_channels_to_take(layer, computed), *pads]
+    return Parts(
+        take=_chain(steps),
+        conv=_smaller(layer, computed if channel else None, temporal, padding),
+        rebuild=_rebuild(layer, channel, computed, dropped),
+        expand=_expand(layer, temporal),
+        candidate=(channel, temporal),
+    )
+
+
+def _ranks(layer: DynamicConv, channel: int) -> tuple[Tensor, Tensor]:
+    """Ranks of the computed and of the dropped channels, each sorted by the layer's own order.
+
+    Sorted, more of them are neighbours in memory, and the channel order is undone by fewer jumps.
+    """
+    kept = layer.candidates.channels[channel]
+    order = _order(layer)
+    return order[:kept].argsort(), kept + order[kept:].argsort()
+
+
+def _order(layer: DynamicConv) -> Tensor:
+    return (
+        torch.arange(layer.out_channels, device=layer.weight.device) if layer.cheap_c is None else layer.cheap_c.order
+    )
+
+
+def _is_range(index: Tensor) -> bool:
+    return bool((index == torch.arange(len(index), device=index.device)).all())
+
+
+def _chain(steps: list[nn.Module]) -> nn.Module:
+    return steps[0] if len(steps) == 1 else nn.Sequential(*steps) if steps else nn.Identity()
+
+
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().clone(), requires_grad=like.requires_grad)
+
+
+# -- the convolution -----------------------------------------------------------------------------------
+
+
+def _frames_to_take(layer: DynamicConv, temporal: int) -> list[nn.Module]:
+    """Where frames are folded into the batch, the convolution cannot skip them by its stride."""
+    if not temporal or layer.num_frames is None:
+        return []
+    return [TakeFrames(layer.num_frames, layer.candidates.strides[temporal])]
+
+
+def _channels_to_take(layer: DynamicConv, computed: Tensor) -> list[nn.Module]:
+    """Whole groups are computed, and read only the inputs of their own."""
+    if layer.groups == 1 or len(computed) == layer.out_channels:
+        return []
+    per_out, per_in = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+    groups = _order(layer)[computed][::per_out] // per_out
+    index = (groups[:, None] * per_in + torch.arange(per_in, device=groups.device)).flatten()
+    return [TakeChannels(index, len(layer.stride))]
+
+
+def _padding(layer: DynamicConv) -> tuple[list[nn.Module], tuple[int, ...]]:
+    """What has to be padded before the convolution, and the padding that it does itself."""
+    recipe, ones, mode = layer.recipe, (1,) * len(layer.stride), str(layer.padding_mode)
+    amounts: list[int] = layer._reversed_padding_repeated_twice  # type: ignore[assignment]
+    if recipe.pad is not Recipe.pad:
+        step = RecipePad(recipe, layer)
+        return [step], step.left
+    if mode != "zeros":
+        return [Pad(amounts, mode)], (0,) * len(ones)
+    probe = torch.empty(1, layer.in_channels, *ones, device="meta")
+    padded, left = recipe.pad(layer, probe)
+    return [] if padded is probe else [Pad(amounts, "constant")], tuple(left)
+
+
+def _smaller(layer: DynamicConv, computed: Tensor | None, temporal: int, padding: tuple[int, ...]) -> nn.Module:
+    """A plain convolution of these ranks (None: of all channels, with the layer's own parameters)."""
+    weight, bias = layer.weight, layer.bias
+    full = layer.recipe.weight(layer)
+    if computed is not None:
+        chosen = _order(layer)[computed]
+        full = full.index_select(0, chosen)
+        bias = None if bias is None else _parameter(bias.index_select(0, chosen), bias)
+    stride = list(layer.stride)
+    if layer.num_frames is None:
+        stride[0] *= layer.candidates.strides[temporal]
+    groups = layer.groups * len(full) // layer.out_channels if layer.groups > 1 else 1
+    conv = _conv_class(layer)(
+        full.shape[1] * groups,
+        len(full),
+        layer.kernel_size,
+        tuple(stride),
+        padding,
+        layer.dilation,
+        groups,
+        bias=bias is not None,
+        device="meta",
+    )
+    return _filled(conv, weight if full is weight else _parameter(full, weight), bias)
+
+
+def _filled(conv: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A convolution made without numbers gets them."""
+    conv.weight, conv.bias = weight, bias
+    return conv
+
+
+def _conv_class(layer: DynamicConv) -> Callable[..., nn.Module]:
+    return nn.Conv3d if isinstance(layer, nn.Conv3d) else nn.Conv2d
+
+
+# -- Phi_c and Phi_t -----------------------------------------------------------------------------------
+
+
+def _rebuild(layer: DynamicConv, channel: int, computed: Tensor, dropped: Tensor) -> nn.Module:
+    """Phi_c and the way back from ``[computed, dropped]`` to the layer's own channel order."""
+    if layer.cheap_c is None or not channel:
+        return nn.Identity()
+    op, dims, dtype = layer.cheap_c.op(channel), len(layer.stride), layer.weight.dtype
+    rows = dropped - len(computed)
+    bias = _parameter(op.bias[rows].to(dtype), op.bias)
+    place = _order(layer)[torch.cat([computed, dropped])].argsort()
+    index = None if _is_range(place) else place
+    if isinstance(op, Pointwise):
+        weight = _parameter(op.weight[rows][:, computed].to(dtype)[(..., *(None,) * dims)], op.weight)
+        conv = _conv_class(layer)(len(computed), len(dropped), 1, device="meta")
+        return JoinChannels(_filled(conv, weight, bias), index, dims)
+    assert isinstance(op, OneSource)
+    weight = _parameter(op.weight[rows].to(dtype), op.weight)
+    source = computed.argsort()[op.source[rows]]  # among the computed ones as they are sorted now
+    if isinstance(op, Depthwise):
+        return JoinChannels(_depthwise(layer, weight, bias, source, len(computed)), index, dims)
+    sources = torch.cat([torch.arange(len(computed), device=source.device), source])
+    return ScaleChannels(weight, bias, sources[place], place, dims)
+
+
+def _depthwise(layer: DynamicConv, weight: nn.Parameter, bias: nn.Parameter, source: Tensor, kept: int) -> nn.Module:
+    kernel, padding = (3, 3), (1, 1)
+    if isinstance(layer, nn.Conv3d):
+        weight = nn.Parameter(weight.data.unsqueeze(2), requires_grad=weight.requires_grad)
+        kernel, padding = (1, *kernel), (0, *padding)  # type: ignore[assignment]
+    count = len(source)
+    conv = _conv_class(layer)(count, count, kernel, padding=padding, groups=count, device="meta")
+    _filled(conv, weight, bias)
+    if count == kept and _is_range(source):
+        return conv
+    return nn.Sequential(TakeChannels(source, len(layer.stride)), conv)
+
+
+def _expand(layer: DynamicConv, temporal: int) -> nn.Module | None:
+    if layer.cheap_t is None or not temporal:
+        return None
+    stride, dtype = layer.candidates.strides[temporal], layer.weight.dtype
+    weight, bias = layer.cheap_t.weights[temporal - 1], layer.cheap_t.biases[temporal - 1]
+    if bool((weight[:, 0] == 1).all()) and not weight[:, 1].any() and not bias.any():
+        return RebuildFrames(None, None, stride, layer.num_frames)
+    return RebuildFrames(
+        _parameter(weight.to(dtype), weight), _parameter(bias.to(dtype), bias), stride, layer.num_frames
+    )
