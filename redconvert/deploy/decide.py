@@ -37,7 +37,8 @@ class FoldedGate:
             self._version = self.gate.threshold._version
             shift = (self.gate.beta.float() - self.gate.threshold.float()).detach()
             self._second = self.gate.fc2.weight.detach().float().T.contiguous(), shift
-        z = kernels.gate(to_rows(held), first, self._second)
+        pooled = x.pooled if isinstance(x, Frames) else None
+        z = kernels.gate(to_rows(held), first, self._second, pooled)
         rows = z.tolist()
         return [Decision(_first_open(row[self.split :]), _first_open(row[: self.split])) for row in rows], z
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..convert.trace import symbolic
 from ..errors import RedconvertError
 from ..inputs import call_with, evaluating, tensors_in
-from ..layers import GateWeights, Observation, dynamic_layers
+from ..layers import DynamicConv, GateWeights, Observation, dynamic_layers
 from .frames import full
 from .fuse import filter_of, fuse
 from .program import Program, on_clips
@@ -61,7 +61,7 @@ class Deployed(nn.Module):
             self.source = "fx" if graph is not None else "layers"
         self.units = nn.ModuleDict(units)
         self._stand_ins = {id(unit.layer): unit for unit in units.values() if isinstance(unit, Unit)}
-        layers = dynamic_layers(network).values()
+        self._layers = layers = list(dynamic_layers(network).values())
         clips = all(id(layer) in self._stand_ins and isinstance(layer, nn.Conv3d) for layer in layers)
         self.one_by_one = clips and self._like.device.type == "cpu"
         super().train(False)
@@ -115,6 +115,7 @@ class Deployed(nn.Module):
         total = rows // frames if cuttable else 1
         self.batch.seen.clear()
         self.batch.total = total
+        self.batch.gates_run = self.batch.always_ask or any(map(_asks_its_gate, self._layers))
         outputs = []
         for sample in range(total):
             self.batch.first = sample
@@ -255,6 +256,10 @@ def _observation(unit: Unit, seen: list[Seen]) -> Observation:
         shapes.append(torch.Size((rows * frames, C, H, W) if is_image else (rows, C, T, H, W)))
     weights = GateWeights(*(torch.cat(parts) for parts in zip(*(each.weights for each in seen), strict=True)))
     return Observation(shapes[0], shapes[1], weights, decisions)
+
+
+def _asks_its_gate(layer: DynamicConv) -> bool:
+    return layer.enabled and any(each is None or (isinstance(each, list) and None in each) for each in layer.forced)
 
 
 def _cut(leaf: Any, part: slice) -> Any:

@@ -17,16 +17,20 @@ __all__ = ["Frames", "full"]
 class Frames:
     """``num_frames`` frames, of which every ``stride``-th is held; those after it are copies of it.
 
+    A stride of 1 is a whole clip, with what is known of it.
+
     Attributes:
         held: ``(N, C, ceil(num_frames / stride), H, W)``, channels last.
         stride: R.
         num_frames: T.
+        pooled: the mean of ``held`` over H and W, ``(N, ceil(num_frames / stride), C)``, where whoever made it knew it.
         filled: all frames, once somebody needed them.
     """
 
     held: Tensor
     stride: int
     num_frames: int
+    pooled: Tensor | None = None
     filled: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
@@ -35,14 +39,16 @@ class Frames:
 
     def full(self) -> Tensor:
         """All frames, ``(N, C, T, H, W)``; filled up once."""
+        if self.stride == 1:
+            return self.held
         if not self.filled:
             rows = to_rows(self.held)
             self.filled.append(from_rows(Filling.copies(self.stride, rows)(rows, self.num_frames, None, False)))
         return self.filled[0]
 
-    def replaced(self, held: Tensor) -> Frames:
+    def replaced(self, held: Tensor, pooled: Tensor | None = None) -> Frames:
         """The same after an operation on single frames."""
-        return Frames(held, self.stride, self.num_frames)
+        return Frames(held, self.stride, self.num_frames, pooled)
 
     def alike(self, other: object) -> bool:
         """Whether the other holds the same frames."""

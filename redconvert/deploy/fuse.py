@@ -72,6 +72,10 @@ def _fuse_convolutions(
         chain.last.replace_all_uses_with(call)
         for part in reversed(chain.parts):
             graph.erase_node(part)
+    for node in graph.nodes:
+        if node.target in units:
+            readers = [units[user.target] for user in node.users if user.target in units and user.args[0] is node]
+            units[node.target].feeds_gate = any(reader.gate is not None for reader in readers)
     return units
 
 

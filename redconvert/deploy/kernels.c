@@ -54,18 +54,40 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
  * fill: from every stride-th frame y to all of them. Frame s * stride + d of a clip is
  * act(weight[d][0] * y_s + weight[d][1] * y_(s+1) + bias[d] + residual), and the last y stands for its follower.
  *
+ * Both add the mean over the positions of each frame to pooled[frame][c], where that is given: the next gate reads it,
+ * and here the numbers are at hand.
+ *
  * max_pool: sizes are (clips, T, H, W, T_o, H_o, W_o); window is kernel, stride and the padding before, of T, H and W;
  * what lies outside is `outside`.
  *
  * gate: z = w2 tanh(w1 mean(x) + b1) + b2 of one sample, the mean taken over the rows of each frame. */
+
+/* Every frame in parts, so that each thread has work even where there is one frame. */
+#define FOR_EACH_PART(FRAMES, POSITIONS)                                                                           \
+    const int64_t parts = (FRAMES) < 8 ? 8 : 1;                                                                    \
+    _Pragma("omp parallel for schedule(static)") for (int64_t job = 0; job < (FRAMES) * parts; job++) {            \
+        const int64_t frame = job / parts, part = job % parts;                                                     \
+        const int64_t first = (POSITIONS) * part / parts, last = (POSITIONS) * (part + 1) / parts;
+
+#define ADD_TO_SUM(T)                                                                                              \
+    if (pooled)                                                                                                    \
+        for (int64_t c = 0; c < channels; c++) sum[c] += LOAD_##T(to[c]);
+
+#define ADD_TO_POOLED                                                                                              \
+    if (pooled)                                                                                                    \
+        _Pragma("omp critical") for (int64_t c = 0; c < channels; c++) pooled[frame * channels + c] +=             \
+            sum[c] / positions;
+
 #define DEFINE(T, E)                                                                                               \
     void assemble_##T(const E *y, int64_t k, const E *z, int64_t d, const int32_t *pieces, int64_t num_pieces,     \
                       const int32_t *source, const float *scale, const float *shift, const E *residual, int relu,  \
-                      int64_t rows, int64_t channels, E *out) {                                                    \
+                      int64_t frames, int64_t positions, int64_t channels, E *out, float *pooled) {                \
         int gathers = 0;                                                                                           \
         for (int64_t p = 0; p < num_pieces; p++) gathers |= pieces[3 * p + 2] < 0;                                 \
-        _Pragma("omp parallel for schedule(static)") for (int64_t row = 0; row < rows; row++) {                    \
-            float in[LIMIT];                                                                                       \
+        FOR_EACH_PART(frames, positions)                                                                           \
+        float in[LIMIT], sum[LIMIT];                                                                               \
+        memset(sum, 0, sizeof(float) * channels);                                                                  \
+        for (int64_t row = frame * positions + first; row < frame * positions + last; row++) {                     \
             E *to = out + row * channels;                                                                          \
             AHEAD(y + row * k, k)                                                                                  \
             if (residual) AHEAD(residual + row * channels, channels)                                               \
@@ -82,19 +104,30 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
                     FINISH(T, scale[c] * LOAD_##T(run[c - begin]) + shift[c])                                      \
                 }                                                                                                  \
             }                                                                                                      \
+            ADD_TO_SUM(T)                                                                                          \
+        }                                                                                                          \
+        ADD_TO_POOLED                                                                                              \
         }                                                                                                          \
     }                                                                                                              \
     void fill_##T(const E *y, int64_t clips, int64_t held, int64_t stride, int64_t frames, const float *weight,    \
-                  const float *bias, const E *residual, int relu, int64_t positions, int64_t channels, E *out) {   \
-        const int64_t begin = 0, end = channels, rows = clips * frames * positions;                                \
-        _Pragma("omp parallel for schedule(static)") for (int64_t row = 0; row < rows; row++) {                    \
-            int64_t frame = row / positions % frames, clip = row / positions / frames;                             \
-            int64_t from = frame / stride, d = frame % stride, next = from + 1 < held ? from + 1 : from;           \
-            const E *left = y + ((clip * held + from) * positions + row % positions) * channels;                   \
-            const E *right = y + ((clip * held + next) * positions + row % positions) * channels;                  \
-            const float *w = weight + d * 2 * channels, *b = bias + d * channels;                                  \
+                  const float *bias, const E *residual, int relu, int64_t positions, int64_t channels, E *out,     \
+                  float *pooled) {                                                                                 \
+        const int64_t begin = 0, end = channels;                                                                   \
+        FOR_EACH_PART(clips * frames, positions)                                                                   \
+        const int64_t clip = frame / frames, from = frame % frames / stride, d = frame % frames % stride;          \
+        const int64_t next = from + 1 < held ? from + 1 : from;                                                    \
+        const float *w = weight + d * 2 * channels, *b = bias + d * channels;                                      \
+        float sum[LIMIT];                                                                                          \
+        memset(sum, 0, sizeof(float) * channels);                                                                  \
+        for (int64_t position = first; position < last; position++) {                                              \
+            const int64_t row = frame * positions + position;                                                      \
+            const E *left = y + ((clip * held + from) * positions + position) * channels;                          \
+            const E *right = y + ((clip * held + next) * positions + position) * channels;                         \
             E *to = out + row * channels;                                                                          \
             FINISH(T, w[c] * LOAD_##T(left[c]) + w[channels + c] * LOAD_##T(right[c]) + b[c])                      \
+            ADD_TO_SUM(T)                                                                                          \
+        }                                                                                                          \
+        ADD_TO_POOLED                                                                                              \
         }                                                                                                          \
     }                                                                                                              \
     void max_pool_##T(const E *x, const int64_t *sizes, const int64_t *window, float outside, int64_t channels,    \
@@ -127,21 +160,19 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
     }                                                                                                              \
     void gate_##T(const E *x, int64_t frames, int64_t rows, int64_t channels, const float *w1, const float *b1,    \
                   int64_t hidden, const float *w2, const float *b2, int64_t outs, float *z) {                      \
-        int64_t parts = frames < 8 ? 8 : 1; /* of a frame, so that every thread has work */                        \
         float total[HIDDEN] = {0};                                                                                 \
-        _Pragma("omp parallel for schedule(static)") for (int64_t job = 0; job < frames * parts; job++) {          \
-            int64_t frame = job / parts, part = job % parts;                                                       \
-            int64_t r = rows * part / parts, end = rows * (part + 1) / parts;                                      \
+        FOR_EACH_PART(frames, rows)                                                                                \
             float sum[LIMIT], mine[HIDDEN] = {0};                                                                  \
             memset(sum, 0, sizeof(float) * channels);                                                              \
+            int64_t r = first;                                                                                     \
             const E *from = x + (frame * rows + r) * channels;                                                     \
-            for (; r + 4 <= end; r += 4, from += 4 * channels) {                                                   \
+            for (; r + 4 <= last; r += 4, from += 4 * channels) {                                                   \
                 AHEAD(from, 4 * channels)                                                                          \
                 for (int64_t c = 0; c < channels; c++)                                                             \
                     sum[c] += (LOAD_##T(from[c]) + LOAD_##T(from[channels + c])) +                                 \
                               (LOAD_##T(from[2 * channels + c]) + LOAD_##T(from[3 * channels + c]));               \
             }                                                                                                      \
-            for (; r < end; r++, from += channels)                                                                 \
+            for (; r < last; r++, from += channels)                                                                 \
                 for (int64_t c = 0; c < channels; c++) sum[c] += LOAD_##T(from[c]);                                \
             const float *w = w1 + frame * channels * hidden;                                                       \
             for (int64_t c = 0; c < channels; c++)                                                                 \

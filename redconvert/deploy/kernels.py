@@ -67,16 +67,27 @@ class Assembly:
         table = torch.tensor(merged, dtype=torch.int32, device=source.device)
         return cls(source.int().contiguous(), scale.float().contiguous(), shift.float().contiguous(), table)
 
-    def __call__(self, computed: Tensor, rebuilt: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-        """``computed (..., k)`` and ``rebuilt (..., d)`` -> ``(..., C_out)``, all contiguous."""
+    def __call__(
+        self,
+        computed: Tensor,
+        rebuilt: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        """``computed (N, T, H, W, k)`` and ``rebuilt (N, T, H, W, d)`` -> ``(N, T, H, W, C_out)``, all contiguous.
+
+        ``pooled (N, T, C_out)``, zeros in float32, takes the mean of the result over H and W.
+        """
         k, d, channels = computed.shape[-1], 0 if rebuilt is None else rebuilt.shape[-1], len(self.source)
         function = _function("assemble", computed, max(k + d, channels))
         if function is None:
-            return self.in_pytorch(computed, rebuilt, residual, relu)
-        out = computed.new_empty(*computed.shape[:-1], channels)
+            return _pool(self.in_pytorch(computed, rebuilt, residual, relu), pooled)
+        N, T, H, W = computed.shape[:4]
+        out = computed.new_empty(N, T, H, W, channels)
         table = (*_address(self.pieces), len(self.pieces), *_address(self.source, self.scale, self.shift))
         sources = (*_address(computed), k, *_address(rebuilt), d)
-        function(*sources, *table, *_address(residual), relu, out.numel() // channels, channels, *_address(out))
+        function(*sources, *table, *_address(residual), relu, N * T, H * W, channels, *_address(out, pooled))
         return out
 
     def in_pytorch(self, computed: Tensor, rebuilt: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
@@ -108,15 +119,18 @@ class Filling:
         weight[:, 0] = 1
         return cls(weight, torch.zeros(stride, like.shape[-1], device=like.device))
 
-    def __call__(self, y: Tensor, num_frames: int, residual: Tensor | None, relu: bool) -> Tensor:
-        """``y (N, T', H, W, C)`` -> ``(N, num_frames, H, W, C)``, contiguous both."""
+    def __call__(
+        self, y: Tensor, num_frames: int, residual: Tensor | None, relu: bool, pooled: Tensor | None = None
+    ) -> Tensor:
+        """``y (N, T', H, W, C)`` -> ``(N, num_frames, H, W, C)``, contiguous both; ``pooled`` as in `Assembly`."""
         N, held, H, W, C = y.shape
         function = _function("fill", y, C)
         if function is None:
-            return self.in_pytorch(y, num_frames, residual, relu)
+            return _pool(self.in_pytorch(y, num_frames, residual, relu), pooled)
         out = y.new_empty(N, num_frames, H, W, C)
         clips = (*_address(y), N, held, len(self.weight), num_frames)
-        function(*clips, *_address(self.weight, self.bias), *_address(residual), relu, H * W, C, *_address(out))
+        weights = _address(self.weight, self.bias)
+        function(*clips, *weights, *_address(residual), relu, H * W, C, *_address(out, pooled))
         return out
 
     def in_pytorch(self, y: Tensor, num_frames: int, residual: Tensor | None, relu: bool) -> Tensor:
@@ -147,23 +161,31 @@ def max_pool(
     return out
 
 
-def gate(x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+def gate(
+    x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], pooled: Tensor | None = None
+) -> Tensor:
     """``z = tanh(mean(x) w1 + b1) w2 + b2``, the mean over H and W: the gate (Eq. 4) with everything folded in.
 
     ``x (N, T, H, W, C)``, ``first``: w1 ``(T * C, hidden)`` and b1, ``second``: w2 ``(hidden, outs)`` and b2, float32.
-    Returns ``(N, outs)``.
+    ``pooled (N, T, C)``: mean(x), where it is known. Returns ``(N, outs)``.
     """
     (w1, b1), (w2, b2) = first, second
-    function = _function("gate", x, x.shape[4]) if len(b1) <= HIDDEN and w1.dtype == torch.float32 else None
+    function = _function("gate", x, x.shape[4]) if len(b1) <= HIDDEN and pooled is None else None
     if function is None:
-        pooled = x.flatten(2, 3).mean(2).flatten(1).to(w1.dtype)
-        return torch.addmm(b2, torch.addmm(b1, pooled, w1).tanh_(), w2)
+        pooled = x.flatten(2, 3).mean(2) if pooled is None else pooled
+        return torch.addmm(b2, torch.addmm(b1, pooled.flatten(1).to(w1.dtype), w1).tanh_(), w2)
     z = b2.new_empty(len(x), len(b2))
     N, T, H, W, C = x.shape
     weights = (*_address(w1, b1), len(b1), *_address(w2, b2), len(b2))
     for sample in range(N):
         function(*_address(x[sample]), T, H * W, C, *weights, *_address(z[sample]))
     return z
+
+
+def _pool(x: Tensor, pooled: Tensor | None) -> Tensor:
+    if pooled is not None:
+        pooled += x.flatten(2, 3).mean(2)
+    return x
 
 
 def _function(name: str, x: Tensor, channels: int) -> Any:
@@ -190,8 +212,8 @@ def compiled() -> ctypes.CDLL | None:
     pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for kind in TYPES.values():
         for name, arguments in {
-            "assemble": [*(pointer, number) * 3, *(pointer,) * 4, flag, number, number, pointer],
-            "fill": [pointer, *(number,) * 4, *(pointer,) * 3, flag, number, number, pointer],
+            "assemble": [*(pointer, number) * 3, *(pointer,) * 4, flag, *(number,) * 3, pointer, pointer],
+            "fill": [pointer, *(number,) * 4, *(pointer,) * 3, flag, number, number, pointer, pointer],
             "max_pool": [*(pointer,) * 3, ctypes.c_float, number, pointer],
             "gate": [pointer, *(number,) * 3, pointer, pointer, number, pointer, pointer, number, pointer],
         }.items():

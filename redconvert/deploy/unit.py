@@ -36,12 +36,14 @@ class Seen(NamedTuple):
 class Batch:
     """Which samples of the user's batch run now, and what the units saw of them.
 
-    ``always_ask``: gates run even where everything is forced, for benchmarks of the whole.
+    ``always_ask``: gates run even where everything is forced, for benchmarks of the whole. ``gates_run``: some do, so
+    whoever has a clip at hand averages it for them.
     """
 
     first: int = 0
     total: int = 1
     always_ask: bool = False
+    gates_run: bool = True
     seen: dict[Unit, list[Seen]] = field(default_factory=dict)
 
 
@@ -66,6 +68,9 @@ class Unit(nn.Module):
         activation: a key of ACTIVATIONS.
         batch: shared by all units of a network.
         forms: of packed convolutions, by key, where they were timed before.
+
+    Attributes:
+        feeds_gate: a dynamic unit reads the result, and wants to know its means.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class Unit(nn.Module):
         self.filter, self.activation, self.batch, self.forms = filter, activation, batch, forms or {}
         self.folded = filter if norm is None else filter.scaled(*norm)
         self.gate = FoldedGate(conv.gate) if isinstance(conv, DynamicConv) else None
+        self.feeds_gate = False
         self._packs: dict[str, PackedConv] = {}
         self._shapes: dict[torch.Size, torch.Size] = {}
         self._convolutions: dict[Any, tuple[Reading, PackedConv] | None] = {}
@@ -193,15 +199,27 @@ class Unit(nn.Module):
         filling = self._filling(j)
         frames = Frames(held, read.stride, read.num_frames)
         fits = residual is None or read.stride == 1 or frames.alike(residual)
+        fuses = activation in ("relu", "none")
         if filling is None and fits:
             added = residual.held if isinstance(residual, Frames) and read.stride > 1 else residual
-            y = self._compute(held, read, packed, i, None if added is None else full(added), activation, overwrite)
-            return y if read.stride == 1 else frames.replaced(y)
+            means = self._means(x.shape[0], -(-read.num_frames // read.stride)) if i and fuses else None
+            added = None if added is None else full(added)
+            y = self._compute(held, read, packed, i, added, activation, overwrite, means)
+            return y if read.stride == 1 and means is None else frames.replaced(y, means)
         y = to_rows(self._compute(held, read, packed, i, None, "none"))
         filling = filling or Filling.copies(read.stride, y)
-        added = None if residual is None else to_rows(full(residual))
-        out = filling(y, read.num_frames, added, activation == "relu")
-        return from_rows(out if activation == "relu" else ACTIVATIONS[activation](out))
+        means = self._means(x.shape[0], read.num_frames) if fuses else None
+        rows = None if residual is None else to_rows(full(residual))
+        out = from_rows(filling(y, read.num_frames, rows, activation == "relu", means))
+        out = out if fuses else ACTIVATIONS[activation](out)
+        return out if means is None else Frames(out, 1, read.num_frames, means)
+
+    def _means(self, num_clips: int, num_frames: int) -> Tensor | None:
+        """Room for the mean over H and W of what comes out, where a gate will read it."""
+        if not (self.feeds_gate and self.batch.gates_run):
+            return None
+        weight = self.filter.weight
+        return torch.zeros(num_clips, num_frames, len(weight), dtype=torch.float32, device=weight.device)
 
     def _convolution(self, x: Value, channel: int, temporal: int) -> tuple[Reading, PackedConv] | None:
         """What convolves x for a decision; None where all frames of x are needed."""
@@ -231,6 +249,7 @@ class Unit(nn.Module):
         residual: Tensor | None,
         activation: str,
         overwrite: bool = False,
+        means: Tensor | None = None,
     ) -> Tensor:
         """The frames that are computed, with all channels, norm, residual and activation."""
         if not channel:
@@ -244,7 +263,7 @@ class Unit(nn.Module):
             source = y if reduced.cheap_source is None else select(y, 1, reduced.cheap_source)
             rebuilt = to_rows(reduced.cheap(source))
         added = None if residual is None else to_rows(residual)
-        out = from_rows(reduced.assembly(to_rows(y), rebuilt, added, activation == "relu"))
+        out = from_rows(reduced.assembly(to_rows(y), rebuilt, added, activation == "relu", means))
         return out if activation == "relu" else ACTIVATIONS[activation](out)
 
     # -- what decisions need, made when they are first taken -------------------------------------------
