@@ -78,6 +78,15 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
         _Pragma("omp critical") for (int64_t c = 0; c < channels; c++) pooled[frame * channels + c] +=             \
             sum[c] / positions;
 
+#define BLOCK 64
+
+/* The larger of both; what is no number stays. */
+#define TAKE(T)                                                                                                    \
+    {                                                                                                              \
+        const float value = LOAD_##T(from[c]);                                                                     \
+        best[c] = value > best[c] || value != value ? value : best[c];                                             \
+    }
+
 #define DEFINE(T, E)                                                                                               \
     void assemble_##T(const E *y, int64_t k, const E *z, int64_t d, const int32_t *pieces, int64_t num_pieces,     \
                       const int32_t *source, const float *scale, const float *shift, const E *residual, int relu,  \
@@ -135,7 +144,6 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
         const int64_t *in = sizes + 1, *to_size = sizes + 4, *kernel = window, *stride = window + 3,               \
                       *before = window + 6, rows = sizes[0] * to_size[0] * to_size[1] * to_size[2];                \
         _Pragma("omp parallel for schedule(static)") for (int64_t row = 0; row < rows; row++) {                    \
-            float best[LIMIT];                                                                                     \
             int64_t place = row, begin[3], end[3];                                                                 \
             float start = -__builtin_inff();                                                                       \
             for (int axis = 2; axis >= 0; axis--) {                                                                \
@@ -145,17 +153,22 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
                 begin[axis] = first < 0 ? 0 : first;                                                               \
                 end[axis] = last > in[axis] ? in[axis] : last;                                                     \
             }                                                                                                      \
-            for (int64_t c = 0; c < channels; c++) best[c] = start;                                                \
-            for (int64_t t = begin[0]; t < end[0]; t++)                                                            \
-                for (int64_t h = begin[1]; h < end[1]; h++)                                                        \
-                    for (int64_t w = begin[2]; w < end[2]; w++) {                                                  \
-                        const E *from = x + (((place * in[0] + t) * in[1] + h) * in[2] + w) * channels;            \
-                        for (int64_t c = 0; c < channels; c++) {                                                   \
-                            float value = LOAD_##T(from[c]);                                                       \
-                            best[c] = value > best[c] || value != value ? value : best[c];                         \
-                        }                                                                                          \
+            for (int64_t block = 0; block < channels; block += BLOCK) {                                            \
+                float best[BLOCK]; /* in registers, where the width of a block is known */                         \
+                const int64_t width = channels - block < BLOCK ? channels - block : BLOCK;                         \
+                for (int64_t c = 0; c < BLOCK; c++) best[c] = start;                                               \
+                for (int64_t t = begin[0]; t < end[0]; t++)                                                        \
+                    for (int64_t h = begin[1]; h < end[1]; h++) {                                                  \
+                        const E *from = x + (((place * in[0] + t) * in[1] + h) * in[2] + begin[2]) * channels;     \
+                        from += block;                                                                             \
+                        for (int64_t w = begin[2]; w < end[2]; w++, from += channels)                              \
+                            if (width == BLOCK)                                                                    \
+                                for (int64_t c = 0; c < BLOCK; c++) TAKE(T)                                        \
+                            else                                                                                   \
+                                for (int64_t c = 0; c < width; c++) TAKE(T)                                        \
                     }                                                                                              \
-            for (int64_t c = 0; c < channels; c++) out[row * channels + c] = STORE_##T(best[c]);                   \
+                for (int64_t c = 0; c < width; c++) out[row * channels + block + c] = STORE_##T(best[c]);          \
+            }                                                                                                      \
         }                                                                                                          \
     }                                                                                                              \
     void gate_##T(const E *x, int64_t frames, int64_t rows, int64_t channels, const float *w1, const float *b1,    \
