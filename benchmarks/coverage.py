@@ -37,7 +37,7 @@ __all__ = ["Results", "Worker", "main", "wanted"]
 
 WORKER = (sys.executable, str(Path(__file__).with_name("coverage_check.py")))
 PAGE = Path(__file__).resolve().parents[1] / "COVERAGE.md"
-RECYCLE_AT = 3e9  # bytes that a worker may hold between two networks
+RECYCLE_AT = 2e9  # bytes that a worker may hold between two networks
 PASSED = ("ok", "nothing to convert")
 
 

@@ -8,10 +8,12 @@ two such outputs would be equal whatever conversion did.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +28,12 @@ __all__ = ["Candidate", "all_names", "build", "candidates", "family", "library_o
 LARGE = re.compile(
     r"\db_|_\db|giant|gigantic|enormous|huge|so400m|so150m|xxlarge|x4_bit|x2_bit|32x48d|32x32d|_1280|_2560|efficientnet_(l2|b8)|_xl_"
     r"|xlarge|coatnet_[3-5]|cait_m|maxvit_(large|rmlp)|nfnet_f[3-7]|300m|_l14|large_patch1[46]|c320|c288|_448$|_512$|_560$|_384$"
+)
+
+# After the others: mostly a patch embedding and no more.
+FEW = re.compile(
+    r"^(vit|eva|beit|deit|swin|mixer|gmlp|gmixer|resmlp|cait|xcit|volo|flexivit|naflexvit|samvit|aimv2|crossvit|pit_|tnt|test_vit"
+    r"|twins|hiera|sam2|nest|convit|qwen|gemma|deepseek|sequencer|levit_\d+$|mvitv2|davit|focalnet|csatv2)"
 )
 
 
@@ -49,11 +57,16 @@ def library_of(name: str) -> str:
 
 
 def all_names() -> list[str]:
-    """``library:model``, small ones first."""
-    timm = sorted(_timm_names(), key=lambda name: bool(LARGE.search(name)))
+    """``library:model``: one of each family, then the second of each, and so on; large networks at the end."""
     vision = [name for names in _torchvision_names().values() for name in names]
-    libraries = {"timm": timm, "torchvision": vision, "pytorchvideo": _pytorchvideo_names()}
-    return [f"{library}:{name}" for library, names in libraries.items() for name in names]
+    libraries = {"timm": _timm_names(), "torchvision": vision, "pytorchvideo": _pytorchvideo_names()}
+    seen: Counter[str] = Counter()
+    order = {}
+    for name in (f"{library}:{model}" for library, models in libraries.items() for model in models):
+        model, kin = name.partition(":")[2], family(name)
+        seen[kin] += 1
+        order[name] = (bool(LARGE.search(model)), bool(FEW.search(model)), seen[kin])
+    return sorted(order, key=order.__getitem__)
 
 
 def family(name: str) -> str:
@@ -64,7 +77,7 @@ def family(name: str) -> str:
 
         return model_entrypoint(model).__module__.rpartition(".")[2]
     if library == "torchvision":
-        return next(task for task, names in _torchvision_names().items() if model in names)
+        return _torchvision_tasks()[model]
     return "hub"
 
 
@@ -124,7 +137,7 @@ def _timm(model: str) -> list[Candidate]:
 
 
 def _image(shape: tuple[int, ...], options: dict[str, Any] | None = None) -> Candidate:
-    whole = (2 if max(shape) <= 96 else 1, *shape)
+    whole = (1, *shape)
     return Candidate(whole, lambda: _random(whole), options or {})
 
 
@@ -145,6 +158,11 @@ def _torchvision_names() -> dict[str, list[str]]:
         "detection": models.list_models(module=models.detection),
         "optical flow": models.list_models(module=models.optical_flow),
     }
+
+
+@functools.cache
+def _torchvision_tasks() -> dict[str, str]:
+    return {name: task for task, names in _torchvision_names().items() for name in names}
 
 
 def _torchvision(model: str) -> list[Candidate]:

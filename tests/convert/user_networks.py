@@ -24,6 +24,7 @@ class Case:
         skipped: by name, a part of the reason.
         loss: of the network in ``train()``.
         functional: functional convolutions that the plan names.
+        untaught: converted layers that run but have no part in the loss.
     """
 
     build: Callable[[], tuple[nn.Module, Any]]
@@ -32,6 +33,7 @@ class Case:
     skipped: dict[str, str] = field(default_factory=dict)
     loss: Callable[[nn.Module, Any], Tensor] | None = None
     functional: tuple[str, ...] = ()
+    untaught: int = 0
 
 
 def unit(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
@@ -175,15 +177,25 @@ def pspnet() -> tuple[nn.Module, Any]:
 
 
 def faster_rcnn() -> tuple[nn.Module, Any]:
-    """torchvision's detector: a list of images of different sizes; low thresholds, or nothing would be found."""
-    from torchvision.models import detection
+    """torchvision's detector on a small trunk: a list of images of different sizes.
 
-    model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(
-        weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96, box_score_thresh=0.0
+    The threshold is 0, or random weights would detect nothing and there would be nothing to compare.
+    """
+    from torchvision.models import detection
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+
+    trunk = nn.Sequential(unit(3, 16, 2), unit(16, 32, 2), unit(32, 32, 2))
+    trunk.out_channels = 32  # type: ignore[assignment]
+    model = detection.FasterRCNN(
+        trunk,
+        rpn_anchor_generator=AnchorGenerator(((16, 32),), ((1.0,),)),
+        box_head=TwoMLPHead(32 * 7 * 7, 64),
+        box_predictor=FastRCNNPredictor(64, 4),
+        min_size=64,
+        max_size=96,
+        box_score_thresh=0.0,
     )
-    for module in model.modules():  # at random, 0.01 would leave every box with the same score
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.1)
     return model, ([image(3, 64, 80).sigmoid(), image(3, 72, 64).sigmoid()],)
 
 
