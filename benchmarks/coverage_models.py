@@ -30,7 +30,7 @@ LARGE = re.compile(
     r"|xlarge|coatnet_[3-5]|cait_m|maxvit_(large|rmlp)|nfnet_f[3-7]|300m|_l14|large_patch1[46]|c320|c288|_448$|_512$|_560$|_384$"
 )
 
-# After the others: mostly a patch embedding and no more.
+# After the others (mostly a patch embedding and no more).
 FEW = re.compile(
     r"^(vit|eva|beit|deit|swin|mixer|gmlp|gmixer|resmlp|cait|xcit|volo|flexivit|naflexvit|samvit|aimv2|crossvit|pit_|tnt|test_vit"
     r"|twins|hiera|sam2|nest|convit|qwen|gemma|deepseek|sequencer|levit_\d+$|mvitv2|davit|focalnet|csatv2)"
@@ -57,7 +57,7 @@ def library_of(name: str) -> str:
 
 
 def all_names() -> list[str]:
-    """``library:model``: one of each family, then the second of each, and so on; large networks at the end."""
+    """``library:model``: one of each family, then the second of each, and so on. Those with few convolutions come after the others, large ones last."""
     vision = [name for names in _torchvision_names().values() for name in names]
     libraries = {"timm": _timm_names(), "torchvision": vision, "pytorchvideo": _pytorchvideo_names()}
     seen: Counter[str] = Counter()
@@ -65,7 +65,7 @@ def all_names() -> list[str]:
     for name in (f"{library}:{model}" for library, models in libraries.items() for model in models):
         model, kin = name.partition(":")[2], family(name)
         seen[kin] += 1
-        order[name] = (bool(LARGE.search(model)), bool(FEW.search(model)), seen[kin])
+        order[name] = (bool(FEW.search(model)), bool(LARGE.search(model)), seen[kin])
     return sorted(order, key=order.__getitem__)
 
 

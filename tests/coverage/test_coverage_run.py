@@ -132,7 +132,7 @@ def test_names_have_families_and_an_order():
     assert families["torchvision:raft_small"] == "optical flow"
     assert families["pytorchvideo:x3d_m"] == "hub"
     small = names.index("timm:resnet18")
-    assert small < names.index("timm:vit_tiny_patch16_224") < names.index("timm:convnext_xxlarge")
+    assert small < names.index("timm:convnext_xxlarge") < names.index("timm:vit_tiny_patch16_224")
 
 
 # -- one network -----------------------------------------------------------------------------------------
