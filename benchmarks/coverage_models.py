@@ -57,7 +57,10 @@ def library_of(name: str) -> str:
 
 
 def all_names() -> list[str]:
-    """``library:model``: one of each family, then the second of each, and so on. Those with few convolutions come after the others, large ones last."""
+    """``library:model``: one of each family, then the second of each, and so on, and large ones after those.
+
+    All with few convolutions follow, in the same order.
+    """
     vision = [name for names in _torchvision_names().values() for name in names]
     libraries = {"timm": _timm_names(), "torchvision": vision, "pytorchvideo": _pytorchvideo_names()}
     seen: Counter[str] = Counter()
