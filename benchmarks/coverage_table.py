@@ -21,7 +21,9 @@ candidate they differ, so the layers decide; every key of the `state_dict` is ke
 `redconvert.revert` gives the original classes, keys and outputs back.
 
 `make coverage` makes this page and [benchmarks/results/coverage.json](benchmarks/results/coverage.json), which holds a
-row per network: how it was read, what was skipped and why, MACs, seconds.
+row per network: its input, how it was read, what was skipped and why, MACs, seconds. MACs are those of Conv2d and
+Conv3d, at that small input; linear layers, attention, Conv1d and transposed convolutions are not counted and stay
+dense. *Lowest* is what the convolutions cost with every layer at its cheapest candidate.
 """
 
 
