@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..answers import differentiable
+from ..answers import direction as _direction
 from ..errors import RedconvertError
-from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in
+from ..inputs import call_with, device_of, each_batch, evaluating, move_to
 from ..layers import DynamicConv, Observation, dynamic_layers, forced, observed
 
 __all__ = ["harms"]
@@ -98,24 +100,10 @@ def _sizes(layer: DynamicConv) -> tuple[int, int]:
 
 
 def _floating(outputs: Any) -> list[Tensor]:
-    found = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad and tensor.dim()]
+    found = differentiable(outputs)
     if not found:
         raise RedconvertError("the network's outputs do not depend on its dynamic layers through any floating tensor")
     return found
-
-
-def _direction(output: Tensor, generator: torch.Generator) -> Tensor:
-    """Random, of covariance ``diag(p) - p p^T`` over the class axis of scores ``(N, classes, ...)``.
-
-    Of outputs that are no scores, of variance 1 over their mean square.
-    """
-    noise = torch.randn(output.shape, generator=generator).to(output)
-    if output.dim() < 2 or output.shape[1] == 1:
-        size = output.square().mean().sqrt()
-        return noise / torch.where(size > 0, size, torch.ones_like(size))
-    p = output.softmax(1)
-    root = p.sqrt()
-    return root * noise - p * (root * noise).sum(1, keepdim=True)
 
 
 @contextmanager

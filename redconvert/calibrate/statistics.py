@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from ..errors import RedconvertError
 
-__all__ = ["ChannelMoments", "FrameMoments", "raise_together", "sum_over_processes"]
+__all__ = ["ChannelMoments", "FrameMoments", "gram", "raise_together", "sum_over_processes"]
 
 
 @dataclass
@@ -131,6 +131,12 @@ class FrameMoments:
     @property
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.moments).all())
+
+
+def gram(x: Tensor) -> Tensor:
+    """Sum of ``x x^T`` over samples, frames and positions of ``x (N, C, ...)``: ``(C, C)``, float64."""
+    rows = _rows(x)
+    return _sum_of_products(rows, rows)
 
 
 def _rows(x: Tensor) -> Tensor:
