@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from ..layers.gate import Gate
 from ..layers.macs import layer_macs
 from ..progress import Step, progress_bar
 from .allocate import Choice, allocate
+from .difficulty import measure_difficulty
+from .gates import write_gates
 from .sensitivity import harms
 
 __all__ = ["Budget", "clear_budget", "keep_budget", "set_budget"]
@@ -36,9 +39,9 @@ class Budget:
     Attributes:
         asked: the budget.
         mean, lowest, highest, std: of the executed cost over the samples.
-        by: "gates" or "layers".
+        by: "gates", "layers" or "inputs".
         samples: how many were measured.
-        threshold: by gates, what every gate was moved by.
+        threshold: by gates and inputs, what every gate was moved by.
         harms: by layers, the expected divergence of the answer that each layer's choice causes alone.
     """
 
@@ -70,7 +73,7 @@ def set_budget(
     budget: float,
     batches: Any,
     *,
-    by: Literal["auto", "gates", "layers"] = "auto",
+    by: Literal["auto", "gates", "layers", "inputs"] = "auto",
     progress: bool = False,
 ) -> Budget:
     """Move the gates' thresholds so that the average executed MACs meet a budget. Nothing is trained.
@@ -81,6 +84,9 @@ def set_budget(
     - ``by="layers"``, for one that was only calibrated: each layer gets one decision for all inputs, such that
       the answers change least for the budget (`redconvert.budget.harms`). No input can change it, yet untrained
       gates end nearer to their thresholds than at conversion, so that finetuning can go on from there.
+    - ``by="inputs"``, also for one that was only calibrated: the gates themselves are written in closed form, to say
+      how much a reduction would harm this input, as far as the averages that a gate reads tell
+      (`redconvert.budget.gates.write_gates`). Then as by gates; other budgets need ``by="gates"`` alone.
 
     The thresholds are a buffer, saved with the network; another call replaces them, `clear_budget` removes them.
 
@@ -96,16 +102,22 @@ def set_budget(
 
     Raises:
         RedconvertError: a budget below what the search space allows (the message says what it is), no batches, an
-            iterator that can be read only once; thresholds are then as they were.
+            iterator that can be read only once, ``by="inputs"`` with soft gates; gates are then as they were.
     """
     if not isinstance(budget, int | float) or not 0 < budget <= 1:
         raise RedconvertError(f"budget={budget!r} must be a share of the dense MACs in (0, 1]")
-    if by not in ("auto", "gates", "layers"):
-        raise RedconvertError(f"by must be 'auto', 'gates' or 'layers', not {by!r}")
+    if by not in ("auto", "gates", "layers", "inputs"):
+        raise RedconvertError(f"by must be 'auto', 'gates', 'layers' or 'inputs', not {by!r}")
     if isinstance(batches, Iterator):
         raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
     dynamic = unwrapped(dynamic)
     layers = dynamic_layers(dynamic)
+    soft = next((name for name, layer in layers.items() if layer.config.gate == "soft"), None)
+    if by == "inputs" and soft is not None:
+        raise RedconvertError(
+            f"layer '{soft}' mixes its open candidates (gate='soft'), and by='inputs' writes gates that open several: "
+            f"set the budget by='layers', or convert with gate='hard'"
+        )
     with _undone_on_error(layers), ExitStack() as stack:
         stack.enter_context(forced(dynamic))  # nothing is: gates decide
         step = stack.enter_context(progress_bar(progress, "Setting the budget"))
@@ -116,7 +128,7 @@ def set_budget(
         clear_budget(dynamic)
         if by == "auto":
             by = "layers" if run.is_constant() else "gates"
-        return run.by_gates(budget) if by == "gates" else run.by_layers(budget)
+        return {"gates": run.by_gates, "layers": run.by_layers, "inputs": run.by_inputs}[by](budget)
 
 
 def clear_budget(dynamic: nn.Module) -> None:
@@ -162,7 +174,7 @@ class _Run:
 
     # -- one threshold for all gates -------------------------------------------------------------------
 
-    def by_gates(self, budget: float) -> Budget:
+    def by_gates(self, budget: float, by: str = "gates") -> Budget:
         widest = max(
             float((layer.gate.beta.detach().abs() + _reach(layer.gate)).max()) for layer in self.layers.values()
         )
@@ -178,7 +190,7 @@ class _Run:
             else:
                 high, costs = middle, found
         self._shift(high)
-        return self._result(budget, costs, by="gates", threshold=high)
+        return self._result(budget, costs, by=by, threshold=high)
 
     def _shifted(self, by: float) -> Tensor:
         self._shift(by)
@@ -189,14 +201,19 @@ class _Run:
             for axis in ("channel", "temporal"):
                 layer.gate.thresholds(axis)[:-1] = by
 
+    # -- gates that say what an input is worth ----------------------------------------------------------
+
+    def by_inputs(self, budget: float) -> Budget:
+        macs, _ = self._price_list()
+        found = measure_difficulty(self.model, self.layers, self.batches, self.step)
+        tables = {name: torch.tensor(_grid(table), dtype=torch.float64) for name, (_, table) in macs.items()}
+        write_gates(self.layers, found, tables)
+        return self.by_gates(budget, by="inputs")
+
     # -- one decision per layer ------------------------------------------------------------------------
 
     def by_layers(self, budget: float) -> Budget:
-        calls: dict[str, list[Observation]] = {}
-        names = {layer: name for name, layer in self.layers.items()}
-        samples = len(self.costs(lambda layer, seen: calls.setdefault(names[layer], []).append(seen)))
-        macs = {name: self._macs(name, seen, samples) for name, seen in calls.items()}
-        dense = self.meter.static_macs + sum(whole for whole, _ in macs.values())
+        macs, dense = self._price_list()
         least = self.meter.static_macs + sum(min(table.values()) for _, table in macs.values())
         if least > budget * dense:
             raise self._too_low(budget, least / dense)
@@ -211,6 +228,14 @@ class _Run:
             _decide(self.layers[name].gate, choice)
         found = {name: choice.harm / 2 for name, choice in chosen.items()}  # half the square: the divergence
         return self._result(budget, self.costs(), by="layers", harms=found)
+
+    def _price_list(self) -> tuple[dict[str, tuple[float, dict[tuple[int, int], float]]], float]:
+        """By layer that runs: dense MACs per sample, and those of each decision. And the dense MACs of the network."""
+        calls: dict[str, list[Observation]] = {}
+        names = {layer: name for name, layer in self.layers.items()}
+        samples = len(self.costs(lambda layer, seen: calls.setdefault(names[layer], []).append(seen)))
+        macs = {name: self._macs(name, seen, samples) for name, seen in calls.items()}
+        return macs, self.meter.static_macs + sum(whole for whole, _ in macs.values())
 
     def _macs(self, name: str, calls: list[Observation], samples: int) -> tuple[float, dict[tuple[int, int], float]]:
         """Per sample, over all calls of a layer: dense, and by decision."""
@@ -254,12 +279,20 @@ def _decide(gate: Gate, choice: Choice) -> None:
         thresholds[index : index + 1] = gate.axis(axis, gate.beta - reach)[index : index + 1]
 
 
+def _grid(table: dict[tuple[int, int], float]) -> list[list[float]]:
+    """``{(i, j): value}`` as rows."""
+    rows: dict[int, list[float]] = {}
+    for (i, _), value in sorted(table.items()):
+        rows.setdefault(i, []).append(value)
+    return list(rows.values())
+
+
 @contextmanager
 def _undone_on_error(layers: dict[str, DynamicConv]) -> Iterator[None]:
-    before = {layer: layer.gate.threshold.clone() for layer in layers.values()}
+    before = {layer: copy.deepcopy(layer.gate.state_dict()) for layer in layers.values()}
     try:
         yield
     except BaseException:
-        for layer, threshold in before.items():
-            layer.gate.threshold.copy_(threshold)
+        for layer, state in before.items():
+            layer.gate.load_state_dict(state)
         raise
