@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ __all__ = ["write_gates"]
 RIDGES = tuple(
     10.0**k for k in range(-4, 3)
 )  # times the mean variance; the one that predicts best what it has not seen
+CHANCE = 2.0  # over the number of samples is the share of the error that must go: half of it goes by chance
 LEAST_RATE = 1e-9  # of the highest: what harms less for its multiply-adds is free
 MARGIN = 0.25  # by which every gate is open while nothing has been asked for
 
@@ -86,7 +88,8 @@ def _predictor(x: Tensor, y: Tensor) -> _Predictor:
     mean, spread = x.mean(0), x.std(0, correction=0)
     inverse = torch.where(spread > 1e-6 * spread.max(), 1 / spread, torch.zeros_like(spread))
     u, s, v = torch.linalg.svd((x - mean) * inverse, full_matrices=False)
-    along, best, weight = u.T @ y, _left_out(y, torch.full_like(y, 1 / len(y))), torch.zeros_like(mean)
+    along, weight = u.T @ y, torch.zeros_like(mean)
+    best = (1 - CHANCE / len(y)) * _left_out(y, torch.full_like(y, 1 / len(y)))
     for ridge in RIDGES:
         share = s.square() / (s.square() + ridge * len(y))
         error = _left_out(y - u @ (share * along), u.square() @ share + 1 / len(y))
@@ -98,7 +101,7 @@ def _predictor(x: Tensor, y: Tensor) -> _Predictor:
         return _Predictor(torch.zeros_like(mean), torch.zeros((), dtype=x.dtype), 0.0, 0.0)
     unit = torch.tanh(predicted / size)
     slope = float((predicted @ unit) / (unit @ unit))
-    log_mean = float((slope * unit).logsumexp(0)) - torch.tensor(float(len(y))).log().item()
+    log_mean = float((slope * unit).logsumexp(0)) - math.log(len(y))
     return _Predictor(weight / size, mean @ weight / size, slope, log_mean)
 
 

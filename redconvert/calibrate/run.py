@@ -48,12 +48,13 @@ def calibrate(
     """Choose each layer's channels and solve for its cheap operations, in place. Open gates stay exact.
 
     The first pass collects the channel covariances of every layer at once. The order of channels is greedy:
-    each next channel explains most of what is left, weighted by ``(norm weight)^2 / variance`` of the norm
-    that follows. Ridge regression then gives Phi_c and Phi_t. But when every layer is reduced, each sees an
-    input that the layers before have changed, and a regression shrinks what it predicts. So a last pass runs the
-    network twice side by side, dense and with every layer at the candidate, and gives the rebuilt channels back the
-    mean and variance of the dense network's, which the norms behind expect. Rounds before it regress the dense
-    result on what the reduced network computes: errors are mended where they arise instead of adding up.
+    each next channel explains most of what is left, as far as it moves the answer: errors e of the channels cost
+    ``E[(g . e)^2]``, g being gradients of the network's outputs along random directions. Ridge regression then gives
+    Phi_c and Phi_t. But when every layer is reduced, each sees an input that the layers before have changed, and a
+    regression shrinks what it predicts. So a last pass runs the network twice side by side, dense and with every
+    layer at the candidate, and gives the rebuilt channels back the mean and variance of the dense network's, which
+    the norms behind expect. Rounds before it regress the dense result on what the reduced network computes: errors
+    are mended where they arise instead of adding up.
 
     Args:
         dynamic: what `redconvert.convert` returned; torch.compile and DistributedDataParallel around it are left out.
@@ -66,6 +67,9 @@ def calibrate(
         decisions: what the reduced network computes in rounds and matching. "candidates": every layer at the same
             candidate, one after the other. "gates": what the gates decide, after `redconvert.set_budget` or
             training; channel orders then stay as they are, and so do candidates that hardly a sample takes.
+        importance: what errors of the channels cost when they are chosen. "answers": what they do to the outputs,
+            from one backward pass per batch, for which the activations of a batch must fit into memory. "norms":
+            ``(norm weight)^2 / variance`` of the norm that follows, without gradients.
         ridge: of the regressions, relative to the mean variance of the predictors.
         progress: show a bar on stderr (needs rich).
 
