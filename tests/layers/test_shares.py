@@ -8,6 +8,7 @@ from torch import nn
 
 import redconvert
 from redconvert import ConvertConfig, LayerConfig, RedconvertError
+from redconvert.calibrate.plot import _label
 from redconvert.layers import Candidates
 
 
@@ -43,7 +44,8 @@ def test_a_network_of_three_quarters(tmp_path):
     assert ConvertConfig.from_json(config.to_json()) == config and config.shares == (0.75, 0.5)
     dynamic = redconvert.convert(model, config, example_inputs=x)
     assert dynamic[1].candidates.channels == (16, 12, 8)
-    redconvert.calibrate(dynamic, x)
+    result = redconvert.calibrate(dynamic, x)
+    assert [_label(result.layers, "channels", i) for i in (0, 1)] == ["75% computed", "50% computed"]
     redconvert.save_pretrained(dynamic, tmp_path)
     again = redconvert.from_pretrained(build(), tmp_path)
     with torch.no_grad(), redconvert.forced(dynamic, channel=1), redconvert.forced(again, channel=1):
