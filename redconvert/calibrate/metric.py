@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..answers import differentiable, direction
 from ..errors import RedconvertError
 from ..layers import DynamicConv
-from .statistics import ChannelMoments, gram, sum_over_processes
+from .statistics import ChannelMoments, gram, process_rank, sum_over_processes
 
 __all__ = ["AnswerMetric"]
 
@@ -30,7 +30,7 @@ class AnswerMetric:
 
     def __init__(self, model: nn.Module, layers: Iterable[DynamicConv], seed: int = 0) -> None:
         self.model = model
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed + process_rank())
         self.sums = {
             layer: torch.zeros(layer.out_channels, layer.out_channels, dtype=torch.float64, device=layer.weight.device)
             for layer in layers

@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from ..errors import RedconvertError
 
-__all__ = ["ChannelMoments", "FrameMoments", "gram", "raise_together", "sum_over_processes"]
+__all__ = ["ChannelMoments", "FrameMoments", "gram", "process_rank", "raise_together", "sum_over_processes"]
 
 
 @dataclass
@@ -160,6 +160,11 @@ def _all_reduce(tensors: list[Tensor]) -> None:
 
 
 # -- processes -----------------------------------------------------------------------------------------
+
+
+def process_rank() -> int:
+    """Which of the processes this is, from 0."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
