@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, environment, write
+from plots import agreement_against_macs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from training import train
@@ -203,6 +204,7 @@ def answers(model: nn.Module, clips: list[Tensor]) -> Tensor:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--agreement", action="store_true", help="no training; Kinetics classes")
+    parser.add_argument("--plot", type=Path, help="of --agreement: a picture of its rows")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.85, 0.9, 0.75, 0.7], help="of --agreement")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--step", type=int, default=2, help="every how many-th frame of the video")
@@ -226,7 +228,10 @@ def main() -> None:
     arguments = parse_arguments()
     torch.manual_seed(arguments.seed)
     if arguments.agreement:
-        agreement(arguments, arguments.out or RESULTS / "i3d_agreement.json")
+        out = arguments.out or RESULTS / "i3d_agreement.json"
+        agreement(arguments, out)
+        if arguments.plot:
+            agreement_against_macs(json.loads(out.read_text()), arguments.plot)
         return
     out = arguments.out or RESULTS / "jhmdb_i3d.json"
     keys = ("frames", "step", "size", "batch", "base_epochs", "epochs", "base_lr", "lr", "gate_lr", "per_class", "seed")
