@@ -1,4 +1,4 @@
-"""Which outputs of a network are its answer, and directions that tell how far the answer moves."""
+"""Which outputs of a network are its answer, and what sends a move of it back through the network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .inputs import tensors_in
 
-__all__ = ["differentiable", "direction"]
+__all__ = ["differentiable", "direction", "in_backward"]
 
 
 def differentiable(outputs: Any) -> list[Tensor]:
@@ -30,3 +30,8 @@ def direction(output: Tensor, generator: torch.Generator) -> Tensor:
     p = output.softmax(1)
     root = p.sqrt()
     return root * noise - p * (root * noise).sum(1, keepdim=True)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: activation checkpointing runs layers again in it, with the same results."""
+    return torch._C._current_graph_task_id() != -1

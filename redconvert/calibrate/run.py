@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..answers import in_backward
 from ..convert import trace
 from ..errors import RedconvertError
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in, unwrapped
@@ -160,12 +161,16 @@ class _Run:
                 channels[layer] = ChannelMoments.empty(count, count, device)
             frames[layer] = [FrameMoments.empty(s, count, device) for s in layer.candidates.strides[1:]]
 
-        def collect(layer: DynamicConv, out: Tensor, _: Any) -> Tensor | None:
+        def add(layer: DynamicConv, out: Tensor) -> None:
             if layer in channels:
                 channels[layer].add(out)
-            clips = layer.as_clips(out, layer.frames_per_sample)
+            clips = layer.as_clips(out, layer.frames_per_sample).detach()
             for moments in frames[layer]:
                 moments.add(clips, clips)
+
+        def collect(layer: DynamicConv, out: Tensor, _: Any) -> Tensor | None:
+            if not in_backward():
+                add(layer, out)
             return self.metric.watch(layer, out) if self.metric is not None and layer in channels else None
 
         self._pass(collect, None)

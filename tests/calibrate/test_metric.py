@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import redconvert
 from redconvert.answers import direction
@@ -166,6 +167,22 @@ def test_answers_without_gradient():
         redconvert.calibrate(dynamic, batches(), importance=importance)
         found.append(dynamic.second.cheap_c.order)
     assert torch.equal(*found)
+
+
+class Checkpointed(Net):
+    """Runs its layers again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_layers_that_run_again_are_counted_once():
+    found = []
+    for build in (Net, Checkpointed):
+        dynamic = converted(build())
+        redconvert.calibrate(dynamic, batches(), match=False)
+        found.append({key: value for key, value in dynamic.state_dict().items() if "cheap" in key})
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
 class Undone(Net):
