@@ -26,7 +26,7 @@ from .difficulty import measure_difficulty
 from .gates import write_gates
 from .sensitivity import harms
 
-__all__ = ["Budget", "clear_budget", "keep_budget", "set_budget"]
+__all__ = ["Budget", "calibrate_gates", "clear_budget", "keep_budget", "set_budget"]
 
 STEPS = 14  # of the bisection: the threshold is then known to 1/1000
 MARGIN = 0.25  # the least distance of a gate that always decides the same from its threshold
@@ -86,7 +86,8 @@ def set_budget(
       gates end nearer to their thresholds than at conversion, so that finetuning can go on from there.
     - ``by="inputs"``, also for one that was only calibrated: the gates themselves are written in closed form, to say
       how much a reduction would harm this input, as far as the averages that a gate reads tell
-      (`redconvert.budget.gates.write_gates`). Then as by gates; other budgets need ``by="gates"`` alone.
+      (`redconvert.budget.gates.write_gates`). Then as by gates; other budgets need ``by="gates"`` alone. Where
+      many samples are at hand, `redconvert.budget.calibrate_gates` reads them all, and ``by="gates"`` a few.
 
     The thresholds are a buffer, saved with the network; another call replaces them, `clear_budget` removes them.
 
@@ -108,27 +109,48 @@ def set_budget(
         raise RedconvertError(f"budget={budget!r} must be a share of the dense MACs in (0, 1]")
     if by not in ("auto", "gates", "layers", "inputs"):
         raise RedconvertError(f"by must be 'auto', 'gates', 'layers' or 'inputs', not {by!r}")
+    with _running(dynamic, batches, progress, "Setting the budget") as run:
+        clear_budget(run.model)
+        if by == "auto":
+            by = "layers" if run.is_constant() else "gates"
+        if by == "inputs":
+            run.write_gates()
+        return run.by_layers(budget) if by == "layers" else run.by_gates(budget, by)
+
+
+def calibrate_gates(dynamic: nn.Module, batches: Any, *, progress: bool = False) -> None:
+    """Write the gates of a calibrated network in closed form, as ``set_budget(by="inputs")`` does, and no budget.
+
+    Every gate is then open for every input, and ``set_budget(by="gates")``, for which a few of the batches do, closes
+    them at one price for the whole network. See `redconvert.budget.gates.write_gates`.
+
+    Args:
+        dynamic: what `redconvert.convert` returned, in place; with ``gate="hard"``.
+        batches: unlabelled; an iterable that can be read several times. The more samples, the better gates can tell.
+        progress: show a bar (needs rich).
+
+    Raises:
+        RedconvertError: as `set_budget` does; gates are then as they were.
+    """
+    with _running(dynamic, batches, progress, "Calibrating the gates") as run:
+        run.write_gates()
+        clear_budget(run.model)
+
+
+@contextmanager
+def _running(dynamic: nn.Module, batches: Any, progress: bool, what: str) -> Iterator[_Run]:
+    """Passes over the batches; after an error the gates are as they were."""
     if isinstance(batches, Iterator):
         raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
     dynamic = unwrapped(dynamic)
     layers = dynamic_layers(dynamic)
-    soft = next((name for name, layer in layers.items() if layer.config.gate == "soft"), None)
-    if by == "inputs" and soft is not None:
-        raise RedconvertError(
-            f"layer '{soft}' mixes its open candidates (gate='soft'), and by='inputs' writes gates that open several: "
-            f"set the budget by='layers', or convert with gate='hard'"
-        )
     with _undone_on_error(layers), ExitStack() as stack:
         stack.enter_context(forced(dynamic))  # nothing is: gates decide
-        step = stack.enter_context(progress_bar(progress, "Setting the budget"))
+        step = stack.enter_context(progress_bar(progress, what))
         meter = EfficiencyLoss(dynamic)
         stack.callback(meter.close)
         meter.static_macs = static_macs(dynamic, move_to(next(each_batch(batches)), device_of(dynamic)))
-        run = _Run(dynamic, layers, batches, meter, step)
-        clear_budget(dynamic)
-        if by == "auto":
-            by = "layers" if run.is_constant() else "gates"
-        return {"gates": run.by_gates, "layers": run.by_layers, "inputs": run.by_inputs}[by](budget)
+        yield _Run(dynamic, layers, batches, meter, step)
 
 
 def clear_budget(dynamic: nn.Module) -> None:
@@ -203,12 +225,17 @@ class _Run:
 
     # -- gates that say what an input is worth ----------------------------------------------------------
 
-    def by_inputs(self, budget: float) -> Budget:
+    def write_gates(self) -> None:
+        soft = next((name for name, layer in self.layers.items() if layer.config.gate == "soft"), None)
+        if soft is not None:
+            raise RedconvertError(
+                f"layer '{soft}' mixes its open candidates (gate='soft'), and gates in closed form open several: "
+                f"set the budget by='layers', or convert with gate='hard'"
+            )
         macs, _ = self._price_list()
         found = measure_difficulty(self.model, self.layers, self.batches, self.step)
         tables = {name: torch.tensor(_grid(table), dtype=torch.float64) for name, (_, table) in macs.items()}
         write_gates(self.layers, found, tables)
-        return self.by_gates(budget, by="inputs")
 
     # -- one decision per layer ------------------------------------------------------------------------
 

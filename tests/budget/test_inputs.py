@@ -9,6 +9,7 @@ from torch import Tensor
 
 import redconvert
 from redconvert import RedconvertError, clear_budget, set_budget
+from redconvert.budget import calibrate_gates
 from redconvert.budget.difficulty import measure_difficulty
 from redconvert.budget.gates import _predictor, _rates
 from redconvert.layers import dynamic_layers
@@ -111,6 +112,20 @@ def test_a_calibrated_network_gets_gates(kind):
         clear_budget(dynamic)
         assert torch.equal(dynamic(data[0]), wanted)
         assert all(set(each) == {(0, 0)} for each in decisions(dynamic, data[1]).values())
+
+
+def test_gates_without_a_budget_are_open():
+    one, two = network("3d of three"), network("3d of three")
+    data = batches("3d of three", count=6)
+    set_budget(two, 0.5, data[:1])  # thresholds that must go
+    for dynamic in (one, two):
+        calibrate_gates(dynamic, data)
+        assert all(set(each) == {(0, 0)} for each in decisions(dynamic, data[1]).values())
+    assert torch.equal(gates(one), gates(two))
+    assert set_budget(one, 0.8, data, by="gates").mean == set_budget(two, 0.8, data, by="inputs").mean
+    assert torch.equal(gates(one), gates(two))
+    with pytest.raises(RedconvertError, match="only once"):
+        calibrate_gates(one, iter(data))
 
 
 def test_hard_inputs_cost_more():
