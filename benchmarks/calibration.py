@@ -20,7 +20,8 @@ from common import RESULTS, environment, write
 
 import redconvert
 
-# name: (cheap operation, calibration images, rounds, matched variance); rounds None: not calibrated
+# name: (cheap operation, calibration images, rounds, matched variance); rounds None: not calibrated. Greedy rows choose
+# channels by the norms behind.
 ROWS = {
     "first half, depthwise (not calibrated)": ("depthwise", 0, None, False),
     "first half, pointwise (not calibrated)": ("pointwise", 0, None, False),
@@ -34,6 +35,8 @@ ROWS = {
     "greedy, pointwise, 3 rounds, matched variance": ("pointwise", 1000, 3, True),
     "greedy, pointwise, 3 rounds, matched variance, 100 images": ("pointwise", 100, 3, True),
     "greedy, auto, 3 rounds, matched variance": ("auto", 1000, 3, True),
+    "for the answer, pointwise, one pass, matched variance": ("pointwise", 1000, 0, True),
+    "for the answer, pointwise, one pass, matched variance, 100 images": ("pointwise", 100, 0, True),
 }
 
 
@@ -68,7 +71,9 @@ def main() -> None:
         row: dict[str, float] = {}
         if rounds is not None:
             batches = list(train[chosen[:count]].split(100))
-            row["calibration_s"] = round(redconvert.calibrate(dynamic, batches, rounds=rounds, match=match).seconds, 1)
+            importance = "answers" if name.startswith("for the answer") else "norms"
+            found = redconvert.calibrate(dynamic, batches, rounds=rounds, match=match, importance=importance)
+            row["calibration_s"] = round(found.seconds, 1)
         with redconvert.forced(dynamic, channel=1):
             row["accuracy"] = accuracy(dynamic, test, labels)
             macs = redconvert.report(dynamic, test[:1], time=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,8 @@ class LayerConfig:
         cheap: how dropped channels are rebuilt from the kept ones: ``"pointwise"`` (a 1x1 convolution),
             ``"depthwise"`` (3x3 on one source channel each), ``"scale"`` (one source channel each), or
             ``"auto"``: pointwise where it costs at most 10 % of what it saves, else scale.
+        shares: of its channels that the reduced candidates compute, falling, as in ``(0.75, 0.5)``, rounded up.
+            ``None``: 1/2, 1/4, ... as ``search_space`` says, which then counts candidates in time alone.
         align: channel counts are rounded up to a multiple of this (kernels work in blocks of 8 or 16).
         normalize: divide the gate's values by their sum. ``False`` is the paper's sum; with
             ``gate="soft"`` it gives up exactness at conversion.
@@ -50,6 +53,7 @@ class LayerConfig:
     channel: bool = True
     gate: str = "hard"
     cheap: str = "auto"
+    shares: Sequence[float] | None = None
     align: int = 1
     normalize: bool = True
     gate_hidden: int = 16
@@ -67,6 +71,8 @@ class LayerConfig:
                 raise RedconvertError(f"{name} must be True or False, not {getattr(self, name)!r}")
         _check_choice(self, "gate", GATES)
         _check_choice(self, "cheap", CHEAP)
+        if self.shares is not None:
+            object.__setattr__(self, "shares", _checked_shares(self.shares))
         if not isinstance(self.rebuild_weight, int | float) or not 0 <= self.rebuild_weight < float("inf"):
             raise RedconvertError(f"rebuild_weight must be a number >= 0, not {self.rebuild_weight!r}")
         if not (self.temporal or self.channel):
@@ -178,6 +184,15 @@ class ConvertConfig(LayerConfig):
         if not isinstance(values, dict):
             raise RedconvertError(f"the config must be a JSON object, not {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def _checked_shares(shares: Any) -> tuple[float, ...]:
+    """As a tuple, of which a JSON list makes one again."""
+    numbers = list(shares) if isinstance(shares, Sequence) and not isinstance(shares, str) else [shares]
+    plain = all(isinstance(each, int | float) and not isinstance(each, bool) for each in numbers)
+    if not plain or not numbers or any(not low < high for high, low in itertools.pairwise([1, *numbers, 0])):
+        raise RedconvertError(f"shares must fall from below 1 to above 0, as in (0.75, 0.5), not {shares!r}")
+    return tuple(float(each) for each in numbers)
 
 
 def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

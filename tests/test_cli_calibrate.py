@@ -167,6 +167,7 @@ def test_a_library_without_weights_warns(run):
         ((*IMAGE[:-1], "pictures"), ("'pictures' holds other files",)),
         ((*IMAGE[:-1], "nets.py"), ("'nets.py' is a file",)),
         ((*IMAGE, "--plot", "no/where.png"), ("no folder 'no'",)),
+        ((*IMAGE, "--importance", "magic"), ("--importance", "'magic'")),
         ((*IMAGE, "--device", "warp"), ("--device", "'warp'")),
         ((*IMAGE, "--weights", "gone.pt"), ("gone.pt",)),
         (("nets:grey", "--input", "1,1,16,16", *IMAGE[3:]), ("takes 1x1x16x16", "redconvert.calibrate")),

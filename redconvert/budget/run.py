@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -21,9 +22,11 @@ from ..layers.gate import Gate
 from ..layers.macs import layer_macs
 from ..progress import Step, progress_bar
 from .allocate import Choice, allocate
+from .difficulty import measure_difficulty
+from .gates import write_gates
 from .sensitivity import harms
 
-__all__ = ["Budget", "clear_budget", "keep_budget", "set_budget"]
+__all__ = ["Budget", "calibrate_gates", "clear_budget", "keep_budget", "set_budget"]
 
 STEPS = 14  # of the bisection: the threshold is then known to 1/1000
 MARGIN = 0.25  # the least distance of a gate that always decides the same from its threshold
@@ -36,9 +39,9 @@ class Budget:
     Attributes:
         asked: the budget.
         mean, lowest, highest, std: of the executed cost over the samples.
-        by: "gates" or "layers".
+        by: "gates", "layers" or "inputs".
         samples: how many were measured.
-        threshold: by gates, what every gate was moved by.
+        threshold: by gates and inputs, what every gate was moved by.
         harms: by layers, the expected divergence of the answer that each layer's choice causes alone.
     """
 
@@ -70,7 +73,7 @@ def set_budget(
     budget: float,
     batches: Any,
     *,
-    by: Literal["auto", "gates", "layers"] = "auto",
+    by: Literal["auto", "gates", "layers", "inputs"] = "auto",
     progress: bool = False,
 ) -> Budget:
     """Move the gates' thresholds so that the average executed MACs meet a budget. Nothing is trained.
@@ -81,6 +84,10 @@ def set_budget(
     - ``by="layers"``, for one that was only calibrated: each layer gets one decision for all inputs, such that
       the answers change least for the budget (`redconvert.budget.harms`). No input can change it, yet untrained
       gates end nearer to their thresholds than at conversion, so that finetuning can go on from there.
+    - ``by="inputs"``, also for one that was only calibrated: the gates themselves are written in closed form, to say
+      how much a reduction would harm this input, as far as the averages that a gate reads tell
+      (`redconvert.budget.gates.write_gates`). Then as by gates; other budgets need ``by="gates"`` alone. Where
+      many samples are at hand, `redconvert.budget.calibrate_gates` reads them all, and ``by="gates"`` a few.
 
     The thresholds are a buffer, saved with the network; another call replaces them, `clear_budget` removes them.
 
@@ -96,27 +103,54 @@ def set_budget(
 
     Raises:
         RedconvertError: a budget below what the search space allows (the message says what it is), no batches, an
-            iterator that can be read only once; thresholds are then as they were.
+            iterator that can be read only once, ``by="inputs"`` with soft gates; gates are then as they were.
     """
     if not isinstance(budget, int | float) or not 0 < budget <= 1:
         raise RedconvertError(f"budget={budget!r} must be a share of the dense MACs in (0, 1]")
-    if by not in ("auto", "gates", "layers"):
-        raise RedconvertError(f"by must be 'auto', 'gates' or 'layers', not {by!r}")
+    if by not in ("auto", "gates", "layers", "inputs"):
+        raise RedconvertError(f"by must be 'auto', 'gates', 'layers' or 'inputs', not {by!r}")
+    with _running(dynamic, batches, progress, "Setting the budget") as run:
+        clear_budget(run.model)
+        if by == "auto":
+            by = "layers" if run.is_constant() else "gates"
+        if by == "inputs":
+            run.write_gates()
+        return run.by_layers(budget) if by == "layers" else run.by_gates(budget, by)
+
+
+def calibrate_gates(dynamic: nn.Module, batches: Any, *, progress: bool = False) -> None:
+    """Write the gates of a calibrated network in closed form, as ``set_budget(by="inputs")`` does, and no budget.
+
+    Every gate is then open for every input, and ``set_budget(by="gates")``, for which a few of the batches do, closes
+    them at one price for the whole network. See `redconvert.budget.gates.write_gates`.
+
+    Args:
+        dynamic: what `redconvert.convert` returned, in place; with ``gate="hard"``.
+        batches: unlabelled; an iterable that can be read several times. The more samples, the better gates can tell.
+        progress: show a bar (needs rich).
+
+    Raises:
+        RedconvertError: as `set_budget` does; gates are then as they were.
+    """
+    with _running(dynamic, batches, progress, "Calibrating the gates") as run:
+        run.write_gates()
+        clear_budget(run.model)
+
+
+@contextmanager
+def _running(dynamic: nn.Module, batches: Any, progress: bool, what: str) -> Iterator[_Run]:
+    """Passes over the batches; after an error the gates are as they were."""
     if isinstance(batches, Iterator):
         raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
     dynamic = unwrapped(dynamic)
     layers = dynamic_layers(dynamic)
     with _undone_on_error(layers), ExitStack() as stack:
         stack.enter_context(forced(dynamic))  # nothing is: gates decide
-        step = stack.enter_context(progress_bar(progress, "Setting the budget"))
+        step = stack.enter_context(progress_bar(progress, what))
         meter = EfficiencyLoss(dynamic)
         stack.callback(meter.close)
         meter.static_macs = static_macs(dynamic, move_to(next(each_batch(batches)), device_of(dynamic)))
-        run = _Run(dynamic, layers, batches, meter, step)
-        clear_budget(dynamic)
-        if by == "auto":
-            by = "layers" if run.is_constant() else "gates"
-        return run.by_gates(budget) if by == "gates" else run.by_layers(budget)
+        yield _Run(dynamic, layers, batches, meter, step)
 
 
 def clear_budget(dynamic: nn.Module) -> None:
@@ -162,7 +196,7 @@ class _Run:
 
     # -- one threshold for all gates -------------------------------------------------------------------
 
-    def by_gates(self, budget: float) -> Budget:
+    def by_gates(self, budget: float, by: str = "gates") -> Budget:
         widest = max(
             float((layer.gate.beta.detach().abs() + _reach(layer.gate)).max()) for layer in self.layers.values()
         )
@@ -178,7 +212,7 @@ class _Run:
             else:
                 high, costs = middle, found
         self._shift(high)
-        return self._result(budget, costs, by="gates", threshold=high)
+        return self._result(budget, costs, by=by, threshold=high)
 
     def _shifted(self, by: float) -> Tensor:
         self._shift(by)
@@ -189,14 +223,24 @@ class _Run:
             for axis in ("channel", "temporal"):
                 layer.gate.thresholds(axis)[:-1] = by
 
+    # -- gates that say what an input is worth ----------------------------------------------------------
+
+    def write_gates(self) -> None:
+        soft = next((name for name, layer in self.layers.items() if layer.config.gate == "soft"), None)
+        if soft is not None:
+            raise RedconvertError(
+                f"layer '{soft}' mixes its open candidates (gate='soft'), and gates in closed form open several: "
+                f"set the budget by='layers', or convert with gate='hard'"
+            )
+        macs, _ = self._price_list()
+        found = measure_difficulty(self.model, self.layers, self.batches, self.step)
+        tables = {name: torch.tensor(_grid(table), dtype=torch.float64) for name, (_, table) in macs.items()}
+        write_gates(self.layers, found, tables)
+
     # -- one decision per layer ------------------------------------------------------------------------
 
     def by_layers(self, budget: float) -> Budget:
-        calls: dict[str, list[Observation]] = {}
-        names = {layer: name for name, layer in self.layers.items()}
-        samples = len(self.costs(lambda layer, seen: calls.setdefault(names[layer], []).append(seen)))
-        macs = {name: self._macs(name, seen, samples) for name, seen in calls.items()}
-        dense = self.meter.static_macs + sum(whole for whole, _ in macs.values())
+        macs, dense = self._price_list()
         least = self.meter.static_macs + sum(min(table.values()) for _, table in macs.values())
         if least > budget * dense:
             raise self._too_low(budget, least / dense)
@@ -211,6 +255,14 @@ class _Run:
             _decide(self.layers[name].gate, choice)
         found = {name: choice.harm / 2 for name, choice in chosen.items()}  # half the square: the divergence
         return self._result(budget, self.costs(), by="layers", harms=found)
+
+    def _price_list(self) -> tuple[dict[str, tuple[float, dict[tuple[int, int], float]]], float]:
+        """By layer that runs: dense MACs per sample, and those of each decision. And the dense MACs of the network."""
+        calls: dict[str, list[Observation]] = {}
+        names = {layer: name for name, layer in self.layers.items()}
+        samples = len(self.costs(lambda layer, seen: calls.setdefault(names[layer], []).append(seen)))
+        macs = {name: self._macs(name, seen, samples) for name, seen in calls.items()}
+        return macs, self.meter.static_macs + sum(whole for whole, _ in macs.values())
 
     def _macs(self, name: str, calls: list[Observation], samples: int) -> tuple[float, dict[tuple[int, int], float]]:
         """Per sample, over all calls of a layer: dense, and by decision."""
@@ -254,12 +306,20 @@ def _decide(gate: Gate, choice: Choice) -> None:
         thresholds[index : index + 1] = gate.axis(axis, gate.beta - reach)[index : index + 1]
 
 
+def _grid(table: dict[tuple[int, int], float]) -> list[list[float]]:
+    """``{(i, j): value}`` as rows."""
+    rows: dict[int, list[float]] = {}
+    for (i, _), value in sorted(table.items()):
+        rows.setdefault(i, []).append(value)
+    return list(rows.values())
+
+
 @contextmanager
 def _undone_on_error(layers: dict[str, DynamicConv]) -> Iterator[None]:
-    before = {layer: layer.gate.threshold.clone() for layer in layers.values()}
+    before = {layer: copy.deepcopy(layer.gate.state_dict()) for layer in layers.values()}
     try:
         yield
     except BaseException:
-        for layer, threshold in before.items():
-            layer.gate.threshold.copy_(threshold)
+        for layer, state in before.items():
+            layer.gate.load_state_dict(state)
         raise

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..answers import differentiable
+from ..answers import direction as _direction
 from ..errors import RedconvertError
-from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in
+from ..inputs import call_with, device_of, each_batch, evaluating, move_to
 from ..layers import DynamicConv, Observation, dynamic_layers, forced, observed
 
-__all__ = ["harms"]
+__all__ = ["Call", "differentiable_gates", "floating", "harms", "moves_along", "recorder", "sizes"]
 
 CERTAIN = 100.0  # as a threshold: far beyond what a gate can say
 Call = tuple[DynamicConv, Observation]
@@ -46,17 +48,18 @@ def harms(
         raise RedconvertError(f"projections={projections} must be at least 1")
     layers = dynamic_layers(dynamic)
     names = {layer: name for name, layer in layers.items()}
-    sums = {name: torch.zeros(_sizes(layer), dtype=torch.float64) for name, layer in layers.items()}
+    sums = {name: torch.zeros(sizes(layer), dtype=torch.float64) for name, layer in layers.items()}
     generator = torch.Generator().manual_seed(seed)
     total = 0
     for batch in each_batch(batches):
         inputs = move_to(batch, device_of(dynamic))
         heard: list[Call] = []
-        with _differentiable_gates(dynamic, layers), observed(dynamic, _recorder(heard)):
-            outputs = _floating(call_with(dynamic, inputs))
+        with differentiable_gates(dynamic, layers), observed(dynamic, recorder(heard)):
+            outputs = floating(call_with(dynamic, inputs))
             calls = tuple(heard)  # activation checkpointing runs layers again in the backward passes
             for index in range(projections):
-                moves = _moves(outputs, calls, generator, retain_graph=index + 1 < projections)
+                directions = [_direction(output.detach(), generator) for output in outputs]
+                moves = moves_along(outputs, calls, directions, retain_graph=index + 1 < projections)
                 for (layer, _), move in moves.items():
                     sums[names[layer]] += move.square().sum(0)
         total += len(outputs[0])
@@ -69,15 +72,14 @@ def harms(
     return found
 
 
-def _moves(
-    outputs: list[Tensor], calls: Iterable[Call], generator: torch.Generator, retain_graph: bool
+def moves_along(
+    outputs: list[Tensor], calls: Iterable[Call], directions: list[Tensor], retain_graph: bool
 ) -> dict[tuple[DynamicConv, int], Tensor]:
-    """What each layer's decisions move along one direction, ``(samples, S_c, S_t)`` by layer and their number.
+    """What each layer's decisions move along one direction per output, ``(samples, S_c, S_t)`` by layer and number.
 
     All calls of a layer take the same decision, and all frames of a sample: their moves add up.
     """
     weights = [weight for _, seen in calls for weight in seen.weights if weight.requires_grad]
-    directions = [_direction(output.detach(), generator) for output in outputs]
     gradients = iter(
         torch.autograd.grad(outputs, weights, directions, retain_graph=retain_graph, materialize_grads=True)
     )
@@ -93,33 +95,19 @@ def _moves(
     return found
 
 
-def _sizes(layer: DynamicConv) -> tuple[int, int]:
+def sizes(layer: DynamicConv) -> tuple[int, int]:
     return len(layer.candidates.channels), len(layer.candidates.strides)
 
 
-def _floating(outputs: Any) -> list[Tensor]:
-    found = [tensor for tensor in tensors_in(outputs) if tensor.requires_grad and tensor.dim()]
+def floating(outputs: Any) -> list[Tensor]:
+    found = differentiable(outputs)
     if not found:
         raise RedconvertError("the network's outputs do not depend on its dynamic layers through any floating tensor")
     return found
 
 
-def _direction(output: Tensor, generator: torch.Generator) -> Tensor:
-    """Random, of covariance ``diag(p) - p p^T`` over the class axis of scores ``(N, classes, ...)``.
-
-    Of outputs that are no scores, of variance 1 over their mean square.
-    """
-    noise = torch.randn(output.shape, generator=generator).to(output)
-    if output.dim() < 2 or output.shape[1] == 1:
-        size = output.square().mean().sqrt()
-        return noise / torch.where(size > 0, size, torch.ones_like(size))
-    p = output.softmax(1)
-    root = p.sqrt()
-    return root * noise - p * (root * noise).sum(1, keepdim=True)
-
-
 @contextmanager
-def _differentiable_gates(dynamic: nn.Module, layers: dict[str, DynamicConv]) -> Iterator[None]:
+def differentiable_gates(dynamic: nn.Module, layers: dict[str, DynamicConv]) -> Iterator[None]:
     """Every gate fully open with a gradient, in masked mode; all else frozen and as in inference."""
     with ExitStack() as stack:
         stack.enter_context(evaluating(dynamic))
@@ -139,5 +127,5 @@ def _differentiable_gates(dynamic: nn.Module, layers: dict[str, DynamicConv]) ->
         yield
 
 
-def _recorder(calls: list[Call]) -> Callable[[DynamicConv, Observation], None]:
+def recorder(calls: list[Call]) -> Callable[[DynamicConv, Observation], None]:
     return lambda layer, seen: calls.append((layer, seen))

@@ -55,7 +55,7 @@ def _draw(plot: Any, layers: tuple[CalibratedLayer, ...], axis: str, names: bool
             list(shown.values()),
             height=0.8 / count,
             color=COLOURS[i % len(COLOURS)],
-            label=f"1/{2 ** (i + 1)} computed",
+            label=_label(layers, axis, i),
         )
     plot.set_yticks(range(len(layers)), [layer.name for layer in layers] if names else [], fontsize=7)
     plot.set_ylim(len(layers) - 0.4, -0.6)
@@ -66,6 +66,18 @@ def _draw(plot: Any, layers: tuple[CalibratedLayer, ...], axis: str, names: bool
     plot.grid(axis="x", linewidth=0.4, color="#cccccc")
     plot.set_axisbelow(True)
     plot.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _label(layers: tuple[CalibratedLayer, ...], axis: str, index: int) -> str:
+    """What a reduced candidate computes: 1/2, 1/4, ..., or the percentage of the config's own shares."""
+    if axis == "channels":
+        widest = max(
+            (layer for layer in layers if len(_shares(layer, axis)) > index), key=lambda each: each.channels[0]
+        )
+        share = widest.channels[index + 1] / widest.channels[0]
+        if abs(share - 2.0 ** -(index + 1)) > 1 / widest.channels[0]:
+            return f"{share:.0%} computed"
+    return f"1/{2 ** (index + 1)} computed"
 
 
 def _shares(layer: CalibratedLayer, axis: str) -> tuple[float | None, ...]:

@@ -6,19 +6,21 @@ import copy
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..answers import in_backward
 from ..convert import trace
 from ..errors import RedconvertError
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in, unwrapped
 from ..layers import Decision, DynamicConv, dynamic_layers, forced, observed
 from ..progress import Step, progress_bar
 from .match import MatchedVariance
+from .metric import AnswerMetric
 from .reduced import ROWS_PER_CHANNEL, ReducedMoments
 from .result import CalibratedLayer, Calibration
 from .select import greedy_order, greedy_sources
@@ -40,18 +42,20 @@ def calibrate(
     rounds: int = 0,
     match: bool = True,
     decisions: Literal["candidates", "gates"] = "candidates",
+    importance: Literal["answers", "norms"] = "answers",
     ridge: float = 1e-3,
     progress: bool = False,
 ) -> Calibration:
     """Choose each layer's channels and solve for its cheap operations, in place. Open gates stay exact.
 
     The first pass collects the channel covariances of every layer at once. The order of channels is greedy:
-    each next channel explains most of what is left, weighted by ``(norm weight)^2 / variance`` of the norm
-    that follows. Ridge regression then gives Phi_c and Phi_t. But when every layer is reduced, each sees an
-    input that the layers before have changed, and a regression shrinks what it predicts. So a last pass runs the
-    network twice side by side, dense and with every layer at the candidate, and gives the rebuilt channels back the
-    mean and variance of the dense network's, which the norms behind expect. Rounds before it regress the dense
-    result on what the reduced network computes: errors are mended where they arise instead of adding up.
+    each next channel explains most of what is left, as far as it moves the answer: errors e of the channels cost
+    ``E[(g . e)^2]``, g being gradients of the network's outputs along random directions. Ridge regression then gives
+    Phi_c and Phi_t. But when every layer is reduced, each sees an input that the layers before have changed, and a
+    regression shrinks what it predicts. So a last pass runs the network twice side by side, dense and with every
+    layer at the candidate, and gives the rebuilt channels back the mean and variance of the dense network's, which
+    the norms behind expect. Rounds before it regress the dense result on what the reduced network computes: errors
+    are mended where they arise instead of adding up.
 
     Args:
         dynamic: what `redconvert.convert` returned; torch.compile and DistributedDataParallel around it are left out.
@@ -64,6 +68,9 @@ def calibrate(
         decisions: what the reduced network computes in rounds and matching. "candidates": every layer at the same
             candidate, one after the other. "gates": what the gates decide, after `redconvert.set_budget` or
             training; channel orders then stay as they are, and so do candidates that hardly a sample takes.
+        importance: what errors of the channels cost when they are chosen. "answers": what they do to the outputs,
+            from one backward pass per batch, for which the activations of a batch must fit into memory. "norms":
+            ``(norm weight)^2 / variance`` of the norm that follows, without gradients.
         ridge: of the regressions, relative to the mean variance of the predictors.
         progress: show a bar on stderr (needs rich).
 
@@ -80,12 +87,14 @@ def calibrate(
         raise RedconvertError(f"rounds={rounds} and ridge={ridge} must not be negative")
     if decisions not in ("candidates", "gates"):
         raise RedconvertError(f"decisions must be 'candidates' or 'gates', not {decisions!r}")
+    if importance not in ("answers", "norms"):
+        raise RedconvertError(f"importance must be 'answers' or 'norms', not {importance!r}")
     if (rounds or match) and isinstance(batches, Iterator):
         raise RedconvertError(
             "batches is an iterator, which can be read only once: pass a list or a DataLoader, or rounds=0, match=False"
         )
     start = time.perf_counter()
-    run = _Run(dynamic, layers, batches, ridge)
+    run = _Run(dynamic, layers, batches, ridge, importance)
     reductions = run.candidates() if decisions == "candidates" else [GATES]
     matched = [reduced for reduced in reductions if match and reduced[0] != 0]
     passes = (decisions == "candidates") + rounds * len(reductions) + len(matched)
@@ -116,8 +125,11 @@ def calibrate(
 class _Run:
     """One calibration: passes over the batches, with moments per layer."""
 
-    def __init__(self, model: nn.Module, layers: dict[str, DynamicConv], batches: Any, ridge: float) -> None:
+    def __init__(
+        self, model: nn.Module, layers: dict[str, DynamicConv], batches: Any, ridge: float, importance: str
+    ) -> None:
         self.model, self.layers, self.batches, self.ridge = model, layers, batches, ridge
+        self.metric = AnswerMetric(model, layers.values()) if importance == "answers" else None
         self.samples = 0  # of all processes, after a pass
         self.step: Step = lambda advance=1, text=None: None  # called after every batch
         modules, facts = dict(model.named_modules()), trace(model).facts
@@ -149,14 +161,21 @@ class _Run:
                 channels[layer] = ChannelMoments.empty(count, count, device)
             frames[layer] = [FrameMoments.empty(s, count, device) for s in layer.candidates.strides[1:]]
 
-        def collect(layer: DynamicConv, out: Tensor, _: Any) -> None:
+        def add(layer: DynamicConv, out: Tensor) -> None:
             if layer in channels:
                 channels[layer].add(out)
-            clips = layer.as_clips(out, layer.frames_per_sample)
+            clips = layer.as_clips(out, layer.frames_per_sample).detach()
             for moments in frames[layer]:
                 moments.add(clips, clips)
 
+        def collect(layer: DynamicConv, out: Tensor, _: Any) -> Tensor | None:
+            if not in_backward():
+                add(layer, out)
+            return self.metric.watch(layer, out) if self.metric is not None and layer in channels else None
+
         self._pass(collect, None)
+        if self.metric is not None:
+            self.metric.synchronize()
         self._finish([*channels.items(), *((layer, each) for layer, all_ in frames.items() for each in all_)])
         explained: dict[DynamicConv, Explained] = {}
         for layer in self.layers.values():
@@ -168,6 +187,8 @@ class _Run:
     def _solve_layer(self, layer: DynamicConv, moments: ChannelMoments) -> tuple[float, ...]:
         cheap, weights = layer.cheap_c, self.importance[layer]
         assert cheap is not None
+        if self.metric is not None:
+            weights = self.metric.weights(layer, weights, moments)
         choose = greedy_order if cheap.kinds[0] == "pointwise" else greedy_sources
         steps = cheap.channels[1] // (layer.out_channels // layer.groups if layer.groups > 1 else 1)
         cheap.set_order(choose(moments.covariance, weights, layer.groups, steps))
@@ -252,8 +273,12 @@ class _Run:
 
     def _run(self, inputs: Any, count: int, reduced: Reduced | None) -> None:
         if reduced is None:
-            with forced(self.model, channel=0, temporal=0):
-                call_with(self.model, inputs)
+            with forced(self.model, channel=0, temporal=0), ExitStack() as stack:
+                if self.metric is not None:
+                    stack.enter_context(self.metric.differentiating())
+                outputs = call_with(self.model, inputs)
+                if self.metric is not None:
+                    self.metric.move(outputs)
             return
         dense: list[int | None] = [0] * count
         with forced(self.model, channel=dense + [reduced[0]] * count, temporal=dense + [reduced[1]] * count):

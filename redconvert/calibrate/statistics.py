@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from ..errors import RedconvertError
 
-__all__ = ["ChannelMoments", "FrameMoments", "raise_together", "sum_over_processes"]
+__all__ = ["ChannelMoments", "FrameMoments", "gram", "process_rank", "raise_together", "sum_over_processes"]
 
 
 @dataclass
@@ -133,6 +133,12 @@ class FrameMoments:
         return bool(torch.isfinite(self.moments).all())
 
 
+def gram(x: Tensor) -> Tensor:
+    """Sum of ``x x^T`` over samples, frames and positions of ``x (N, C, ...)``: ``(C, C)``, float64."""
+    rows = _rows(x)
+    return _sum_of_products(rows, rows)
+
+
 def _rows(x: Tensor) -> Tensor:
     """``(N, C, ...) -> (N, C, positions)``, in float32 at least."""
     rows = x.detach().flatten(2)
@@ -154,6 +160,11 @@ def _all_reduce(tensors: list[Tensor]) -> None:
 
 
 # -- processes -----------------------------------------------------------------------------------------
+
+
+def process_rank() -> int:
+    """Which of the processes this is, from 0."""
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def sum_over_processes(value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import typer
@@ -46,6 +46,9 @@ def calibrate(
     samples: Annotated[int, typer.Option(min=1, help="Clips or images, spread over the files.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Of them at once.")] = 8,
     rounds: Annotated[int, typer.Option(min=0, help="Of correction against the reduced network.")] = 0,
+    importance: Annotated[
+        str, typer.Option(help="Channels are chosen for the 'answers', or for the 'norms', which takes less memory.")
+    ] = "answers",
     step: Annotated[int, typer.Option(min=1, help="From frame to frame of a clip, in 25ths of a second.")] = 1,
     mean: Annotated[
         str | None, typer.Option(help="Of each colour, for values in [0, 1]: 0.5,0.5,0.5.", show_default="the model's")
@@ -65,6 +68,7 @@ def calibrate(
     settings = read_config(config, rule, search_space, num_frames, model)
     colours = three_numbers(mean, "--mean") if mean else None, three_numbers(std, "--std") if std else None
     _check_targets(out, plot)
+    wanted_importance = _importance(importance)
     network = _open(model, weights, trust)
     example, _ = inputs_and_plan(network, settings, inputs, as_json)
     wanted = _wanted(model, example, settings)
@@ -85,7 +89,7 @@ def calibrate(
     dynamic = convert(network, settings, example_inputs=example, inplace=True)
     _move(dynamic, device)
     batches = Batches(read.clips, wanted.shapes, batch_size, chosen_mean, chosen_std)
-    result = calibrate_network(dynamic, batches, rounds=rounds, progress=shown(as_json))
+    result = calibrate_network(dynamic, batches, rounds=rounds, importance=wanted_importance, progress=shown(as_json))
     save_pretrained(dynamic, out)
     if plot is not None:
         plot_explained(result, plot)
@@ -141,6 +145,12 @@ def _open(model: str, weights: str | None, trust: bool) -> nn.Module:
     elif library in ("timm", "torchvision", "pytorchvideo", "zoo") and not Path(model).exists():
         warn(f"{model} has random weights, so this calibrates noise: give --weights FILE")
     return network
+
+
+def _importance(text: str) -> Literal["answers", "norms"]:
+    if text not in ("answers", "norms"):
+        raise RedconvertError(f"--importance: '{text}' must be answers or norms")
+    return "answers" if text == "answers" else "norms"
 
 
 def _check_targets(out: Path, plot: Path | None) -> None:

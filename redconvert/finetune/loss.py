@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from ..answers import in_backward
 from ..errors import RedconvertError
 from ..inputs import tensors_in
 from ..layers import DynamicConv, Observation, dynamic_layers
@@ -143,11 +144,11 @@ class _Tape:
         return _Tape, (False,)
 
     def start(self, module: nn.Module, args: Any) -> None:
-        if not _in_backward():
+        if not in_backward():  # checkpointed layers run again there: the same decisions, no new ones
             self.calls = []
 
     def add(self, layer: DynamicConv, seen: Observation) -> None:
-        if self.listening and not _in_backward():
+        if self.listening and not in_backward():
             self.calls.append((layer, seen))
 
     def take(self) -> list[tuple[DynamicConv, Observation]]:
@@ -156,11 +157,6 @@ class _Tape:
 
     def stop(self) -> None:
         self.listening, self.calls = False, []
-
-
-def _in_backward() -> bool:
-    """Activation checkpointing runs layers again in the backward pass: the same decisions, no new ones."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _attach(dynamic: nn.Module, tape: _Tape) -> Callable[[], None]:

@@ -23,12 +23,12 @@ class Candidates:
 
     @classmethod
     def build(cls, out_channels: int, groups: int, config: LayerConfig, *, temporal: bool) -> Candidates:
-        """k_i = ceil(C_out / 2^i), rounded up to whole groups and to ``config.align``; strides 2^j."""
+        """k_i = ceil(C_out / 2^i), or of ``config.shares``, rounded up to whole groups and `align`; strides 2^j."""
         channels = [out_channels]
         if config.channel:
             block = math.lcm(config.align, out_channels // groups if groups > 1 else 1)
-            for i in range(1, config.search_space):
-                count = min(out_channels, block * math.ceil(math.ceil(out_channels / 2**i) / block))
+            for share in config.shares or [2.0**-i for i in range(1, config.search_space)]:
+                count = min(out_channels, block * math.ceil(math.ceil(out_channels * share - 1e-9) / block))
                 if count < channels[-1]:
                     channels.append(count)
         strides = [2**j for j in range(config.search_space)] if config.temporal and temporal else [1]

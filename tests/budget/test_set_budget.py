@@ -316,7 +316,7 @@ def test_batches_that_are_none():
     refused(dynamic, 0.7, (x for x in data), match="only once")
     refused(dynamic, 0.7, [], match="batches is empty")
     refused(dynamic, 0.7, ["text"], match="batch")
-    refused(dynamic, 0.7, data, by="magic", match="'gates' or 'layers'")
+    refused(dynamic, 0.7, data, by="magic", match="'layers' or 'inputs'")
     with pytest.raises(redconvert.RedconvertError, match="no dynamic layers"):
         set_budget(nn.Conv2d(3, 3, 3), 0.7, data)
 

@@ -39,8 +39,9 @@ def found(dynamic: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value for key, value in dynamic.state_dict().items() if ".cheap_" in key}
 
 
-def calibrated(dynamic: nn.Module, data: Any) -> dict[str, Any]:
-    result = redconvert.calibrate(dynamic, data, rounds=2, match=False)  # matching depends on the batches' order
+def calibrated(dynamic: nn.Module, data: Any, importance: str = "norms") -> dict[str, Any]:
+    # Matching depends on the batches' order, and the answers' random directions on who draws them.
+    result = redconvert.calibrate(dynamic, data, rounds=2, match=False, importance=importance)
     shares = [share for layer in result.layers for share in (*layer.channel_explained, *layer.temporal_explained)]
     inner = getattr(dynamic, "module", dynamic)
     return {"samples": result.samples, "shares": torch.tensor(shares), "cheap": found(inner), "model": result.model}
@@ -63,6 +64,11 @@ def drifted(rank: int) -> dict[str, Any]:
         for norm in (dynamic[1], dynamic[4]):
             norm.running_var *= torch.rand(16, generator=torch.Generator().manual_seed(rank)) * 9 + 1
     return calibrated(dynamic, batches())
+
+
+def answers(rank: int) -> dict[str, Any]:
+    """Channels chosen for answers of each process's own batches."""
+    return calibrated(network(), batches()[:2] if rank == 0 else batches()[2:], importance="answers")
 
 
 def failing(rank: int) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def start(rank: int, jobs: tuple[Callable[[int], Any], ...], folder: str) -> Non
         distributed.destroy_process_group()
 
 
-JOBS = (alone, wrapped, drifted, failing)
+JOBS = (alone, wrapped, drifted, answers, failing)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +139,12 @@ def test_processes_choose_alike_where_their_running_statistics_differ(both):
     first, second = (each["drifted"]["cheap"] for each in both)
     for key in ("0.cheap_c.order", "3.cheap_c.order"):
         assert first[key].tolist() == second[key].tolist()
+
+
+def test_processes_choose_alike_for_the_answers_of_all(both):
+    first, second = (each["answers"]["cheap"] for each in both)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    assert first["0.cheap_c.order"].tolist() != both[0]["alone"]["cheap"]["0.cheap_c.order"].tolist()
 
 
 def test_an_error_in_one_process_stops_both_and_leaves_both_as_they_were(both):

@@ -1,0 +1,74 @@
+"""Budgets without training: one decision per layer against gates in closed form, ResNet-56 on CIFAR-10.
+
+    python benchmarks/budgets.py --data FOLDER       # see benchmarks/cifar.py for what the folder holds
+
+Full, half or a quarter of the channels of every 3x3 convolution, calibrated on 1,000 training images without labels.
+For each budget: right answers on the first 2,000 test images after the budget, and after one more round of calibration
+under it, and what the test images cost. JSON is written after every row; a row that is in it already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar import accuracy, images, resnet56
+from common import RESULTS, environment, write
+from torch import Tensor, nn
+
+import redconvert
+from redconvert.budget import calibrate_gates
+from redconvert.evaluate import spread_of_macs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.6, 0.7, 0.5])
+    parser.add_argument("--images", type=int, default=1000, help="for calibration")
+    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS / "budgets.json")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(arguments.seed)
+    model = resnet56(arguments.data)
+    train, _ = images(arguments.data, "train")
+    batches = list(train[torch.randperm(len(train))[: arguments.images]].split(100))
+    test = tuple(each[: arguments.test_images] for each in images(arguments.data, "test"))
+    result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
+    result |= {"what": __doc__.split("\n")[0], "images": arguments.images, "test_images": arguments.test_images}
+    result.setdefault("dense_accuracy", accuracy(model, *test))
+    rules = [("*shortcut*", None), ("*", {"temporal": False, "cheap": "pointwise", "search_space": 3})]
+    layers = redconvert.convert(model, redconvert.ConvertConfig(rules=rules), example_inputs=batches[0][:1])
+    redconvert.calibrate(layers, batches)
+    inputs = copy.deepcopy(layers)
+    calibrate_gates(inputs, batches)
+    for budget in arguments.budgets:
+        for name, network, by in (("layers", layers, "layers"), ("inputs", inputs, "gates")):
+            key = f"{name} {budget:g}"
+            if key not in result["rows"]:
+                result["rows"][key] = row = run(copy.deepcopy(network), budget, by, batches, test)
+                write(result | environment(arguments.seed), arguments.out)
+                print(key, json.dumps(row), flush=True)
+
+
+def run(
+    dynamic: nn.Module, budget: float, by: Any, batches: list[Tensor], test: tuple[Tensor, ...]
+) -> dict[str, float]:
+    redconvert.set_budget(dynamic, budget, batches[: 2 if by == "layers" else 1], by=by)
+    row = {"before_recalibration": accuracy(dynamic, *test)}
+    redconvert.calibrate(dynamic, batches[:3], rounds=1, decisions="gates")
+    row["accuracy"] = accuracy(dynamic, *test)
+    found = spread_of_macs(dynamic, list(test[0][:500].split(100)))
+    whole = float(found.dense.mean())
+    costs = {"share_of_dense_macs": found.mean, "min": found.min, "max": found.max, "std": found.std}
+    return row | {key: round(float(value) / whole, 4) for key, value in costs.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What errors of a layer's channels do to the answer: the metric in which channels are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..answers import differentiable, direction
+from ..errors import RedconvertError
+from ..layers import DynamicConv
+from .statistics import ChannelMoments, gram, process_rank, sum_over_processes
+
+__all__ = ["AnswerMetric"]
+
+NORMS_SHARE = 1e-3  # of the norms' importance: it decides between channels that the answer does not tell apart
+
+
+class AnswerMetric:
+    """Of each layer: ``W = sum of g g^T`` over samples and positions, g the gradient of a random move of the answer.
+
+    An error e of the channels at a position moves the answer by ``g . e``, so ``E[e^T W e]`` is, to first order and
+    for errors of different positions that are independent, twice the divergence of the answers. What the
+    layers behind do not read costs nothing, and errors that cancel behind cost little: the norm's own scale tells
+    neither. One backward pass per batch, through the activations alone.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[DynamicConv], seed: int = 0) -> None:
+        self.model = model
+        self.generator = torch.Generator().manual_seed(seed + process_rank())
+        self.sums = {
+            layer: torch.zeros(layer.out_channels, layer.out_channels, dtype=torch.float64, device=layer.weight.device)
+            for layer in layers
+        }
+
+    @contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Gradients reach the layers' results and nothing else."""
+        before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        try:
+            for parameter, _ in before:
+                parameter.requires_grad_(False)
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter, needed in before:
+                parameter.requires_grad_(needed)
+
+    def watch(self, layer: DynamicConv, out: Tensor) -> Tensor | None:
+        """Add up the gradient of a layer's result; what is returned takes its place."""
+        if not torch.is_grad_enabled() or not out.is_floating_point():
+            return None
+        if not out.requires_grad:
+            out = out.detach().requires_grad_().clone()  # no leaf: an operation in place may follow
+        out.register_hook(lambda gradient: self._add(layer, gradient))
+        return out
+
+    def move(self, outputs: Any) -> None:
+        """Send one random move of each sample's answer back through the network."""
+        found = differentiable(outputs)
+        directions = [direction(output.detach(), self.generator) for output in found]
+        try:
+            torch.autograd.backward(found, directions)
+        except RuntimeError as error:
+            raise RedconvertError(
+                f"the network's answers cannot be differentiated ({error}): calibrate with importance='norms'"
+            ) from error
+
+    def weights(self, layer: DynamicConv, norms: Tensor, moments: ChannelMoments) -> Tensor:
+        """The metric of a layer, after `synchronize`: ``(C, C)``, or the norms' ``(C)`` where no answer depends on it.
+
+        Args:
+            norms: importance of each channel by the norm that follows, ``(C)``.
+            moments: of the layer's channels.
+        """
+        metric = self.sums[layer]
+        size, scale = (metric * moments.covariance).sum(), (norms * moments.target_variance).sum()
+        if not (torch.isfinite(size) and size > 0 and scale > 0):
+            return norms
+        return metric + torch.diag(norms * (NORMS_SHARE * size / scale))
+
+    def synchronize(self) -> None:
+        """Sum over processes, where there are several."""
+        for value in self.sums.values():
+            sum_over_processes(value)
+
+    def _add(self, layer: DynamicConv, gradient: Tensor) -> None:
+        self.sums[layer] += gram(gradient)
