@@ -6,8 +6,9 @@
 All forms of one network, batch and dtype run in turn in one process of their own, which gets the allocator settings
 of CONTRIBUTING.md; stop other work meanwhile. Rows: PyTorch eager, channels-last, folded, compiled with freezing,
 OpenVINO, and the deployed network, dense and with channels, frames or both at half; in batches of 8 also mixed.
-Torch-Pruning's networks (of R(2+1)D and ResNet-50, batch 1) have the MACs of "channels" and of "channels and frames", and
-run compiled. Weights are random: time does not depend on them. JSON is written after every network; what is in it already is not run again.
+Torch-Pruning's networks (of R(2+1)D and ResNet-50, batch 1) have the MACs of "channels" and of "channels and frames"
+and run compiled. Weights are random: time does not depend on them. JSON is written after every network; what is in it
+already is not run again.
 """
 
 from __future__ import annotations
