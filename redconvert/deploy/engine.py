@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ..checkpoint import save_pretrained
 from ..convert.trace import symbolic
 from ..errors import RedconvertError
-from ..inputs import call_with, evaluating, tensors_in
-from ..layers import DynamicConv, GateWeights, Observation, dynamic_layers
+from ..files import write_text_atomic
+from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in
+from ..layers import Decision, DynamicConv, GateWeights, Observation, dynamic_layers, observed
 from .frames import full
 from .fuse import filter_of, fuse
+from .pack import FORM_NAMES
 from .program import Program, on_clips
 from .unit import Batch, Seen, Unit
 
@@ -24,6 +30,7 @@ __all__ = ["Deployed", "deploy"]
 
 # Of the largest output, in float32 and in half precision: above it a deployed network computes something else.
 TOLERANCE, LOW_TOLERANCE = 1e-3, 0.1
+FORMS = "deploy.json"
 Forms = dict[str, dict[str, str]]
 
 
@@ -92,6 +99,13 @@ class Deployed(nn.Module):
             "a deployed network keeps the device and dtype it was packed for: move or cast .network, then deploy again"
         )
 
+    def bake(self, decisions: Mapping[DynamicConv, Decision]) -> None:
+        """Ask the gates of these layers no more; `forced` and `disabled` still act."""
+        for layer, decision in decisions.items():
+            unit = self._stand_ins.get(id(layer))
+            if unit is not None:
+                unit.baked = decision
+
     def stand_in(self, layer: nn.Module) -> nn.Module:
         """The module that runs in a dynamic layer's place, for hooks and clocks."""
         return self._stand_ins.get(id(layer), layer)
@@ -100,6 +114,14 @@ class Deployed(nn.Module):
         """The form that each convolution was found fastest in: what `redconvert.deploy` takes as ``forms``."""
         found = {name: unit.chosen_forms() for name, unit in self.units.items() if isinstance(unit, Unit)}
         return {name: forms for name, forms in found.items() if forms}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """`redconvert.save_pretrained` of the network, and the forms beside it as ``deploy.json``.
+
+        ``redconvert.deploy(redconvert.from_pretrained(model, folder), inputs, forms=folder)`` brings it back untimed.
+        """
+        save_pretrained(self.network, folder)
+        write_text_atomic(Path(folder, FORMS), json.dumps(self.forms(), indent=2) + "\n")
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +179,12 @@ class Deployed(nn.Module):
 
 
 def deploy(
-    dynamic: nn.Module, example_inputs: Any = None, *, forms: Forms | None = None, check: bool = True
+    dynamic: nn.Module,
+    example_inputs: Any = None,
+    *,
+    forms: Forms | str | os.PathLike[str] | None = None,
+    bake: Any = None,
+    check: bool = True,
 ) -> Deployed:
     """Make a converted network fast: for inference, with the same results, following the same decisions.
 
@@ -172,7 +199,9 @@ def deploy(
             acts on the other.
         example_inputs: what the network takes. With them the first call is made here: forms are chosen, and the
             results compared with the network's own.
-        forms: of an earlier `Deployed.forms`, which saves the timing.
+        forms: of an earlier `Deployed.forms`, or the folder of a `Deployed.save`; saves the timing.
+        bake: batches over which to watch the gates: those that never change their mind are not asked again, which saves
+            their time. Deploy again after a change of the budget.
         check: compare, where there are example inputs.
 
     Raises:
@@ -181,7 +210,10 @@ def deploy(
     if isinstance(dynamic, Deployed):
         raise RedconvertError("this network is deployed already: deploy its .network again after a change")
     dynamic_layers(dynamic)
+    forms = _read_forms(forms) if isinstance(forms, str | os.PathLike) else forms
     fast = Deployed(dynamic, forms)
+    constant = _constant_decisions(dynamic, bake) if bake is not None else {}
+    fast.bake(constant)
     if example_inputs is None:
         return fast
     if check:
@@ -199,10 +231,35 @@ def deploy(
     if fast.source == "layers":
         raise RedconvertError(problem)
     fast = Deployed(dynamic, forms, trace=False, problem=problem)
+    fast.bake(constant)
     problem = _difference(call_with(fast, example_inputs), wanted, dynamic) if check else None
     if problem is not None:
         raise RedconvertError(problem)
     return fast
+
+
+def _constant_decisions(dynamic: nn.Module, batches: Any) -> dict[DynamicConv, Decision]:
+    """The layers whose decision is the same for every sample of the batches."""
+    seen: dict[DynamicConv, set[Decision]] = {}
+    with evaluating(dynamic), observed(dynamic, lambda layer, o: seen.setdefault(layer, set()).update(o.decisions)):
+        for batch in each_batch(batches):
+            call_with(dynamic, move_to(batch, device_of(dynamic)))
+    return {layer: next(iter(found)) for layer, found in seen.items() if len(found) == 1}
+
+
+def _read_forms(folder: str | os.PathLike[str]) -> Forms:
+    path = Path(folder, FORMS)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RedconvertError(
+            f"the forms in '{path}' cannot be read ({error}): give a folder that Deployed.save wrote, or leave them out "
+            f"to time them again"
+        ) from error
+    known = isinstance(found, dict) and all(isinstance(each, dict) for each in found.values())
+    if not known or any(form not in FORM_NAMES for each in found.values() for form in each.values()):
+        raise RedconvertError(f"'{path}' holds no forms of a deployed network: leave forms out to time them again")
+    return found
 
 
 def _difference(found: Any, wanted: Any, dynamic: nn.Module) -> str | None:

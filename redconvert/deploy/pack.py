@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": lambda x: F.silu(x, inplace=True),
     "hardswish": lambda x: F.hardswish(x, inplace=True),
 }
+FORM_NAMES = ("conv", "frames", "line")
 PACKED_TYPES = (torch.float32, torch.bfloat16)
 TRIALS = 3
 SHAPES = 4  # of the input for which a convolution keeps its packed weights

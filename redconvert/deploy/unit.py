@@ -71,6 +71,7 @@ class Unit(nn.Module):
 
     Attributes:
         feeds_gate: a dynamic unit reads the result, and wants to know its means.
+        baked: the decision that the gate always takes, so that it need not be asked; None where it is.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Unit(nn.Module):
         self.folded = filter if norm is None else filter.scaled(*norm)
         self.gate = FoldedGate(conv.gate) if isinstance(conv, DynamicConv) else None
         self.feeds_gate = False
+        self.baked: Decision | None = None
         self._packs: dict[str, PackedConv] = {}
         self._shapes: dict[torch.Size, torch.Size] = {}
         self._convolutions: dict[Any, tuple[Reading, PackedConv] | None] = {}
@@ -142,7 +144,7 @@ class Unit(nn.Module):
         if self.gate is None or not layer.enabled:
             return [FULL] * num_samples, None
         if layer.forced == (None, None):
-            return self.gate(x)
+            return self.gate(x) if self.baked is None else ([self.baked] * num_samples, None)
         axes = self._forced(num_samples)
         asked = self.batch.always_ask or any(index is None for axis in axes for index in axis)
         gated, z = self.gate(x) if asked else ([FULL] * num_samples, None)

@@ -192,12 +192,50 @@ def test_without_a_compiler_everything_runs_in_pytorch(clips, monkeypatch):
             assert error(fast(clips), dynamic(clips)) < TIGHT
 
 
-def test_forms_are_kept(clips):
+def test_forms_are_kept_in_memory_and_on_disk(clips, tmp_path):
     dynamic = dynamic_from(Video(), clips)
     with redconvert.forced(dynamic, channel=1, temporal=1):
-        forms = redconvert.deploy(dynamic, clips).forms()
+        fast = redconvert.deploy(dynamic, clips)
+        forms = fast.forms()
         again = redconvert.deploy(dynamic, clips, forms=forms)
     assert forms and again.forms() == forms
+    fast.save(tmp_path)
+    loaded = redconvert.from_pretrained(Video(), tmp_path).eval()
+    with redconvert.forced(loaded, channel=1, temporal=1), redconvert.forced(dynamic, channel=1, temporal=1):
+        back = redconvert.deploy(loaded, clips, forms=tmp_path)
+        assert torch.equal(back(clips), fast(clips))
+    assert back.forms() == forms
+    (tmp_path / "deploy.json").write_text('{"unit0": {"0": "upside down"}}')
+    with pytest.raises(redconvert.RedconvertError, match="holds no forms"):
+        redconvert.deploy(dynamic, clips, forms=tmp_path)
+    with pytest.raises(redconvert.RedconvertError, match="cannot be read"):
+        redconvert.deploy(dynamic, clips, forms=tmp_path / "nowhere")
+
+
+def test_gates_that_never_change_their_mind_are_not_asked(clips, monkeypatch):
+    from redconvert.deploy.decide import FoldedGate
+
+    dynamic = dynamic_from(Video(), clips)
+    undecided_gates(dynamic)
+    with torch.no_grad():
+        dynamic.left.gate.beta.fill_(100.0)  # always open
+    decisions: dict[nn.Module, set] = {}
+    with (
+        redconvert.observed(dynamic, lambda layer, o: decisions.setdefault(layer.gate, set()).update(o.decisions)),
+        torch.no_grad(),
+    ):
+        dynamic(clips)
+    undecided = {gate for gate, found in decisions.items() if len(found) > 1}
+    assert undecided and dynamic.left.gate not in undecided
+    fast = redconvert.deploy(dynamic, clips, bake=[clips])
+    asked = []
+    original = FoldedGate.__call__
+    monkeypatch.setattr(FoldedGate, "__call__", lambda self, x: asked.append(self.gate) or original(self, x))
+    with torch.no_grad():
+        assert error(fast(clips), dynamic(clips)) < TIGHT
+    assert set(asked) == undecided
+    with redconvert.forced(dynamic, channel=1, temporal=1), torch.no_grad():
+        assert error(fast(clips), dynamic(clips)) < TIGHT
 
 
 class Summing(nn.Module):
