@@ -253,7 +253,7 @@ def _read_forms(folder: str | os.PathLike[str]) -> Forms:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RedconvertError(
-            f"the forms in '{path}' cannot be read ({error}): give a folder that Deployed.save wrote, or leave them out "
+            f"forms in '{path}' cannot be read ({error}): give a folder that Deployed.save wrote, or leave them out "
             f"to time them again"
         ) from error
     known = isinstance(found, dict) and all(isinstance(each, dict) for each in found.values())
