@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for one network, batch and dtype")
     parser.add_argument("--measured", action="store_true", help="leave dense what gains nothing on this machine")
     parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -214,9 +215,13 @@ def main() -> None:
                     continue
                 command = [sys.executable, __file__, "--one", key, "--repeats", str(arguments.repeats)]
                 command += ["--measured"] if arguments.measured else []
-                done = subprocess.run(command, env={**os.environ, **ALLOCATOR}, stdout=subprocess.PIPE, text=True)
-                if done.returncode:
-                    print(f"{label}: failed", flush=True)
+                environ = {**os.environ, **ALLOCATOR}
+                try:
+                    done = subprocess.run(
+                        command, env=environ, stdout=subprocess.PIPE, text=True, check=True, timeout=arguments.timeout
+                    )
+                except subprocess.SubprocessError as error:
+                    print(f"{label}: {error}", flush=True)
                     continue
                 runs[label] = json.loads(done.stdout.splitlines()[-1])
                 write(result | environment(0), arguments.out)

@@ -157,7 +157,8 @@ class PackedConv:
 
 def channels_last(x: Tensor) -> Tensor:
     """``x (N, C, ...)`` in channels-last memory, also where sizes of 1 leave the layout open."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    order = (0, *range(2, x.dim()), 1)
+    return x.permute(order).contiguous().permute(0, x.dim() - 1, *range(1, x.dim() - 1))
 
 
 def to_rows(x: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ def _arguments(form: str, values: tuple[int, ...]) -> tuple[int, ...]:
 def _as_images(form: str, x: Tensor) -> Tensor:
     """Clips as the tensor that a form convolves: a view."""
     if form == "frames":
-        return to_rows(x).flatten(0, 1).permute(0, 3, 1, 2)
+        return x.squeeze(2) if x.shape[2] == 1 else to_rows(x).flatten(0, 1).permute(0, 3, 1, 2)
     if form == "line":
         return to_rows(x).flatten(2, 3).permute(0, 3, 1, 2)
     return x
@@ -186,6 +187,8 @@ def _as_images(form: str, x: Tensor) -> Tensor:
 def _as_clips(form: str, y: Tensor, x: Tensor) -> Tensor:
     """What a form returned for clips x as clips: a view."""
     if form == "frames":
+        if x.shape[2] == 1:
+            return y.unsqueeze(2)
         return from_rows(y.permute(0, 2, 3, 1).unflatten(0, (*x.shape[:1], -1)))
     if form == "line":
         return from_rows(y.permute(0, 2, 3, 1).unflatten(2, x.shape[3:]))

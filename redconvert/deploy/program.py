@@ -37,60 +37,90 @@ class Program:
     """
 
     def __init__(self, graph: fx.Graph, root: nn.Module, modules: dict[str, nn.Module]) -> None:
-        self.root, self.modules, self.nodes = root, modules, list(graph.nodes)
-        last = {argument: node for node in self.nodes for argument in node.all_input_nodes}
-        self.unused: dict[fx.Node, list[fx.Node]] = {}  # values that nobody needs after a node
-        for value, node in last.items():
-            self.unused.setdefault(node, []).append(value)
+        self.root, self.modules = root, modules
+        nodes = list(graph.nodes)
+        self.placeholders = [node for node in nodes if node.op == "placeholder"]
+        last = {argument: index for index, node in enumerate(nodes) for argument in node.all_input_nodes}
+        self.steps: list[tuple[fx.Node, Callable[[Values], Any], list[fx.Node]]] = []
+        live: set[fx.Node] = set()
+        for index, node in enumerate(nodes):
+            unused = [value for value in node.all_input_nodes if last[value] == index]
+            if node.op == "output":
+                self.output = node
+            elif node.op != "placeholder":
+                self.steps.append((node, self._compiled(node, live, unused), unused))
+            live = (live | {node}) - set(unused)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        values: Values = {}
         given = iter(args)
-        for node in self.nodes:
-            if node.op == "output":
-                found = fx.node.map_arg(node.args[0], values.__getitem__)
-                return tree_map(_whole, found, is_leaf=_is_frames)
-            values[node] = self._run(node, values, given, kwargs)
-            for value in self.unused.get(node, ()):
-                del values[value]
-        raise AssertionError("a graph ends with its output")
-
-    def _run(self, node: fx.Node, values: Values, given: Any, kwargs: dict[str, Any]) -> Any:
-        if node.op == "placeholder":
+        values: Values = {}
+        for node in self.placeholders:
             name, default = str(node.target), node.args[0] if node.args else None
-            return kwargs[name] if name in kwargs else next(given, default)
+            values[node] = kwargs[name] if name in kwargs else next(given, default)
+        for node, call, unused in self.steps:
+            values[node] = call(values)
+            for value in unused:
+                del values[value]
+        found = fx.node.map_arg(self.output.args[0], values.__getitem__)
+        return tree_map(_whole, found, is_leaf=_is_frames)
+
+    def _compiled(self, node: fx.Node, live: set[fx.Node], unused: list[fx.Node]) -> Callable[[Values], Any]:
+        """One node as a function of the values so far."""
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.root)
-        args: Any
-        more: Any
-        args, more = (fx.node.map_arg(each, values.__getitem__) for each in (node.args, node.kwargs))
+            return lambda values: operator.attrgetter(str(node.target))(self.root)
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            if isinstance(module, Unit) and len(args) > 1:
-                return on_clips(module, *args, overwrite=self._may_overwrite(node, values))
-            if isinstance(module, Unit | Pool):
-                return on_clips(module, *args)
-            return _apply(module, args, more, _keeps_copies(module))
+            if isinstance(module, Unit):
+                return self._unit(module, node, live, unused)
+            if isinstance(module, Pool):
+                return lambda values: on_clips(module, *fx.node.map_arg(node.args, values.__getitem__))
+            keeps = _keeps_copies(module)
+            return lambda values: _apply(module, *_arguments(node, values), keeps)
         if node.op == "call_method":
             name = str(node.target)
-            return _apply(lambda x, *rest, **kw: getattr(x, name)(*rest, **kw), args, more, name in _POINTWISE_CALLS)
+            keeps = name in _POINTWISE_CALLS
+            return lambda values: _apply(
+                lambda x, *rest, **more: getattr(x, name)(*rest, **more), *_arguments(node, values), keeps
+            )
         function: Callable[..., Any] = node.target  # type: ignore[assignment]
-        if function is torch.cat and (args[1:] == (1,) or more == {"dim": 1}):
-            parts: Any = args[0]
-            if _all_alike(parts):
-                return parts[0].replaced(torch.cat([each.held for each in parts], dim=1))
-        return _apply(function, args, more, function in _POINTWISE_CALLS or function in _PAIRWISE_CALLS)
+        keeps = function in _POINTWISE_CALLS or function in _PAIRWISE_CALLS
+        if function is torch.cat:
+            return lambda values: _concatenate(*_arguments(node, values))
+        return lambda values: _apply(function, *_arguments(node, values), keeps)
 
-    def _may_overwrite(self, node: fx.Node, values: Values) -> bool:
-        """Whether the residual of a unit is needed nowhere else, so that the sum may take its place in memory."""
+    def _unit(self, unit: Unit, node: fx.Node, live: set[fx.Node], unused: list[fx.Node]) -> Callable[[Values], Any]:
+        """A unit's call; its sum may take its residual's place in memory where nobody needs that any more."""
+        x = node.args[0]
+        if len(node.args) == 1:
+            return lambda values: on_clips(unit, values[x])  # type: ignore[index]
         residual = node.args[1]
         assert isinstance(residual, fx.Node)
-        ours = residual.op == "call_module" and isinstance(self.modules[str(residual.target)], Unit | Pool)
-        if not ours or residual not in self.unused.get(node, ()):
-            return False
-        memory = _memory(values[residual])
-        others = (leaf for other, value in values.items() if other is not residual for leaf in tree_leaves(value))
-        return not any(_memory(leaf) & memory for leaf in others)
+        fresh = {value for value in live if self._is_fresh(value)}
+        free = residual in fresh and residual in unused and residual is not x
+        suspects = [value for value in live - fresh if value is not residual]  # may be views of the residual
+
+        def call(values: Values) -> Any:
+            added = values[residual]
+            overwrite = free and not any(_share_memory(values[each], added) for each in suspects)
+            return on_clips(unit, values[x], added, overwrite=overwrite)  # type: ignore[index]
+
+        return call
+
+    def _is_fresh(self, node: fx.Node) -> bool:
+        """Whether a value is in memory of its own: what units and pools return."""
+        return node.op == "call_module" and isinstance(self.modules[str(node.target)], Unit | Pool)
+
+
+def _arguments(node: fx.Node, values: Values) -> tuple[Any, Any]:
+    return fx.node.map_arg(node.args, values.__getitem__), fx.node.map_arg(node.kwargs, values.__getitem__)
+
+
+def _concatenate(args: Any, kwargs: Any) -> Any:
+    parts: Any = args[0] if args else ()
+    along_channels = list(args)[1:] == [1] or kwargs == {"dim": 1}
+    if along_channels and _all_alike(parts):
+        return parts[0].replaced(torch.cat([each.held for each in parts], dim=1))
+    return _apply(torch.cat, args, kwargs, False)
 
 
 def on_clips(module: Unit | Pool, *args: Any, **options: Any) -> Any:
@@ -98,7 +128,7 @@ def on_clips(module: Unit | Pool, *args: Any, **options: Any) -> Any:
     if module.dim == 3:
         return module(*(channels_last(each) if isinstance(each, Tensor) else each for each in args), **options)
     frames = module.frames_per_sample
-    clips = (_as_clip(full(each), frames) if isinstance(each, Tensor | Frames) else each for each in args)
+    clips = [_as_clip(full(each), frames) if isinstance(each, Tensor | Frames) else each for each in args]
     return _as_image(full(module(*clips, **options)))
 
 
@@ -120,17 +150,26 @@ def _keeps_copies(module: nn.Module) -> bool:
     return isinstance(module, (*_POINTWISE_MODULES, nn.BatchNorm3d))
 
 
-def _memory(value: Any) -> set[int]:
-    tensors = [value.held, *value.filled] if isinstance(value, Frames) else [value] if isinstance(value, Tensor) else []
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+def _share_memory(value: Any, other: Any) -> bool:
+    memory = _memory([other])
+    return bool(memory & _memory(tree_leaves(value)))
+
+
+def _memory(values: list[Any]) -> set[int]:
+    tensors = [each for value in values for each in ((value.held, *value.filled) if _is_frames(value) else (value,))]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if isinstance(tensor, Tensor)}
 
 
 def _as_clip(x: Tensor, frames: int) -> Tensor:
     """``(N * T, C, H, W)`` as ``(N, C, T, H, W)``, channels last."""
+    if frames == 1 and min(x.shape[1:]) > 1 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.unsqueeze(2)
     return x.permute(0, 2, 3, 1).contiguous().unflatten(0, (-1, frames)).permute(0, 4, 1, 2, 3)
 
 
 def _as_image(x: Tensor) -> Tensor:
+    if x.shape[2] == 1:
+        return x.squeeze(2)
     return x.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 

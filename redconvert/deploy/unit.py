@@ -153,9 +153,16 @@ class Unit(nn.Module):
 
     def _forced(self, num_samples: int) -> list[list[int | None]]:
         """What `redconvert.forced` asks of these samples, on the channel and the temporal axis."""
-        first, total = self.batch.first, max(self.batch.total, num_samples)
-        axes = ("channel", "temporal")
-        return [self.layer.forced_candidates(axis, total)[first : first + num_samples] for axis in axes]
+        layer, first, total = self.layer, self.batch.first, max(self.batch.total, num_samples)
+        axes: list[list[int | None]] = []
+        for axis, wanted in zip(("channel", "temporal"), layer.forced, strict=True):
+            if wanted is None:
+                axes.append([None] * num_samples)
+            elif isinstance(wanted, int):
+                axes.append([layer.candidates.nearest(axis, wanted)] * num_samples)
+            else:
+                axes.append(layer.forced_candidates(axis, total)[first : first + num_samples])
+        return axes
 
     def _weights(self, decisions: list[Decision], z: Tensor | None) -> GateWeights:
         """The weights that the layer itself would report: the gate's, or 1 for what was forced."""
