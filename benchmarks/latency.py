@@ -6,8 +6,9 @@
 All forms of one network, batch and dtype run in turn in one process of their own, which gets the allocator settings
 of CONTRIBUTING.md; stop other work meanwhile. Rows: PyTorch eager, channels-last, folded, compiled with freezing,
 OpenVINO, and the deployed network, dense and with channels, frames or both at half; in batches of 8 also mixed.
-Torch-Pruning's networks have the MACs of "channels" and of "channels and frames", and run compiled. Weights are random:
-time does not depend on them. JSON is written after every network; what is in it already is not run again.
+Torch-Pruning's networks (of R(2+1)D and ResNet-50, batch 1) have the MACs of "channels" and of "channels and frames"
+and run compiled. Weights are random: time does not depend on them. JSON is written after every network; what is in it
+already is not run again.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Any]]] = {
 }
 
 
+PRUNED = ("r2plus1d_18", "resnet50")  # Torch-Pruning takes many minutes for the branches of the others
+
+
 # -- one network, in a process of its own --------------------------------------------------------------
 
 
@@ -91,7 +95,9 @@ def measure(name: str, batch: int, dtype: str, repeats: int, measured: bool) -> 
     options = {"measure": True} if measured else {}
     dynamic = redconvert.convert(model, config, example_inputs=one, **options).to(kind)
     inputs = [x.to(kind) for x in inputs] if isinstance(inputs, list) else inputs.to(kind)
-    rivals = {**_openvino(model, inputs, dtype, one), **_pruned(dynamic, model, one, inputs, kind)}
+    rivals = _openvino(model, inputs, dtype, one)
+    if name in PRUNED and batch == 1:
+        rivals |= _pruned(dynamic, model, one, inputs, kind)
     found = bench(dynamic, inputs, repeats=repeats, rivals=rivals)
     print(found, file=sys.stderr)
     return found.to_dict()

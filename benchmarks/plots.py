@@ -38,21 +38,16 @@ def accuracy_against_macs(result: dict[str, Any], path: Path) -> None:
 
 
 def agreement_against_macs(result: dict[str, Any], path: Path) -> None:
-    """How many answers stay as they were at each budget, before and after calibrating again under it."""
+    """How many answers stay as they were at each budget."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     rows = sorted(result["rows"].values(), key=lambda row: row["share_of_dense_macs"])
     shares = [100 * row["share_of_dense_macs"] for row in rows]
-    for label, agreements, color in (
-        ("budget alone", [row["before_recalibration"]["agreement"] for row in rows], "#e08a1e"),
-        ("calibrated again", [row["agreement"] for row in rows], "#2f6fb3"),
-    ):
-        axes.plot(shares, [100 * each for each in agreements], marker="o", color=color, label=label)
+    axes.plot(shares, [100 * row["agreement"] for row in rows], marker="o", color="#2f6fb3")
     axes.axhline(95, color="gray", linestyle=":", linewidth=1)
     axes.set(xlabel="executed MACs, % of the dense network's", ylabel="same top-1 answer as the dense network, %")
     axes.set_title(f"I3D without training, {result['clips']} J-HMDB test clips", loc="left", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -13,7 +13,7 @@ import redconvert
 
 OPTIONAL = (
     *("accelerate", "av", "cv2", "matplotlib", "numpy.f2py", "PIL", "pytorchvideo", "rich", "scipy", "timm"),
-    *("torchmetrics", "torchvision", "typer"),
+    *("torchmetrics", "torchvision", "typer", "onnx", "onnxscript", "onnxruntime", "openvino", "transformers"),
 )
 
 BLOCKED = """

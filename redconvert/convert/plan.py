@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..config import ConvertConfig, LayerConfig, Pattern
 from ..errors import RedconvertError
+from ..inputs import tensors_in
 from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d
 from ..layers.conv import ADDED_ATTRIBUTES
 from ..layers.macs import LayerMacs, layer_macs
@@ -149,7 +150,7 @@ def make_plan(model: nn.Module, config: ConvertConfig | None = None, *, example_
         warnings.simplefilter("ignore")  # a network's own warnings come when the user runs it
         traced = trace(model, example_inputs)
     if example_inputs is not None:
-        _check_clip(config, traced)
+        _check_clip(config, traced, example_inputs)
     verdicts = tuple(
         _judge(name, module, names, config, rules[name], traced[name]) for name, (module, names) in layers.items()
     )
@@ -226,8 +227,10 @@ def matches(pattern: Pattern, name: str, module: nn.Module) -> bool:
     return bool(pattern(name, module))
 
 
-def _check_clip(config: ConvertConfig, traced: Trace) -> None:
+def _check_clip(config: ConvertConfig, traced: Trace, example_inputs: Any) -> None:
     """The example's clip must hold at least one group of the sparsest temporal candidate."""
+    if not any(tensor.dim() == 5 for tensor in tensors_in(example_inputs)):
+        return  # images, which some networks give a time axis of length 1
     frames = [facts.clip_frames for facts in traced.facts.values() if facts.clip_frames is not None]
     stride = 2 ** (config.search_space - 1)
     if config.temporal and frames and max(frames) < stride:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ..errors import RedconvertError
@@ -172,7 +172,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     attributes = {module: dict(vars(module)) for module in model.modules()}
     held = [value for values in attributes.values() for value in values.values() if isinstance(value, list | dict)]
     containers = [(value, copy.copy(value)) for value in held]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    real = [buffer for buffer in model.buffers() if not isinstance(buffer, FakeTensor)]  # fake ones hold no numbers
+    buffers = [(buffer, buffer.detach().clone()) for buffer in real]
     try:
         yield
     finally:

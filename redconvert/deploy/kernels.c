@@ -69,9 +69,10 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
         const int64_t frame = job / parts, part = job % parts;                                                     \
         const int64_t first = (POSITIONS) * part / parts, last = (POSITIONS) * (part + 1) / parts;
 
-#define ADD_TO_SUM(T)                                                                                              \
+/* The row before: reading back what was stored just now would wait for the stores. */
+#define ADD_TO_SUM(T, ROW)                                                                                         \
     if (pooled)                                                                                                    \
-        for (int64_t c = 0; c < channels; c++) sum[c] += LOAD_##T(to[c]);
+        for (int64_t c = 0; c < channels; c++) sum[c] += LOAD_##T(out[(ROW) * channels + c]);
 
 #define ADD_TO_POOLED                                                                                              \
     if (pooled)                                                                                                    \
@@ -113,8 +114,9 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
                     FINISH(T, scale[c] * LOAD_##T(run[c - begin]) + shift[c])                                      \
                 }                                                                                                  \
             }                                                                                                      \
-            ADD_TO_SUM(T)                                                                                          \
+            if (row > frame * positions + first) ADD_TO_SUM(T, row - 1)                                            \
         }                                                                                                          \
+        if (last > first) ADD_TO_SUM(T, frame * positions + last - 1)                                              \
         ADD_TO_POOLED                                                                                              \
         }                                                                                                          \
     }                                                                                                              \
@@ -134,8 +136,9 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
             const E *right = y + ((clip * held + next) * positions + position) * channels;                         \
             E *to = out + row * channels;                                                                          \
             FINISH(T, w[c] * LOAD_##T(left[c]) + w[channels + c] * LOAD_##T(right[c]) + b[c])                      \
-            ADD_TO_SUM(T)                                                                                          \
+            if (position > first) ADD_TO_SUM(T, row - 1)                                                           \
         }                                                                                                          \
+        if (last > first) ADD_TO_SUM(T, frame * positions + last - 1)                                              \
         ADD_TO_POOLED                                                                                              \
         }                                                                                                          \
     }                                                                                                              \

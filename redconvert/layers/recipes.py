@@ -68,7 +68,7 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-# -- timm's families -----------------------------------------------------------------------------------
+# -- what libraries bring --------------------------------------------------------------------------------
 
 
 class _Standardized(Recipe):
@@ -105,7 +105,27 @@ class _StandardizedSame(_Standardized):
         return (_same_padded(conv, x) if conv.same_pad else x), conv.padding
 
 
+class _StandardizedBit(_Standardized):
+    """transformers' BiT keeps its "SAME" padding in a module of its own, or needs none."""
+
+    @staticmethod
+    def pad(conv: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        return (x if conv.pad is None else conv.pad(x)), conv.padding
+
+
+class _StaticSame(Recipe):
+    """segmentation_models_pytorch's EfficientNet: "SAME" padding worked out once, for one image size."""
+
+    @staticmethod
+    def pad(conv: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        return conv.static_padding(x), conv.padding
+
+
 for _name in ("StdConv2d", "ScaledStdConv2d"):
     register(f"timm.layers.std_conv.{_name}")(_Standardized)
     register(f"timm.layers.std_conv.{_name}Same")(_StandardizedSame)
-register("timm.layers.conv2d_same.Conv2dSame")(_Same)
+for _name in ("Conv2dSame", "Conv2dSameExport"):
+    register(f"timm.layers.conv2d_same.{_name}")(_Same)
+register("segmentation_models_pytorch.encoders._efficientnet.Conv2dDynamicSamePadding")(_Same)
+register("segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding")(_StaticSame)
+register("transformers.models.bit.modeling_bit.WeightStandardizedConv2d")(_StandardizedBit)
