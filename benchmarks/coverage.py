@@ -194,12 +194,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     results = Results(options.out)
-    names = wanted(all_names(), results.rows, options.only, options.rerun)[: options.limit]
+    every = all_names()
+    names = wanted(every, results.rows, options.only, options.rerun)[: options.limit]
     try:
         run(names, results, options.jobs, lambda: Worker(WORKER, options.seconds, options.memory * 1e9))
     finally:
         if results.rows:
-            write_text_atomic(options.page, table(list(results.rows.values())))
+            missing = len(set(every) - set(results.rows))
+            write_text_atomic(options.page, table(list(results.rows.values()), missing))
 
 
 if __name__ == "__main__":

@@ -27,14 +27,23 @@ dense. *Lowest* is what the convolutions cost with every layer at its cheapest c
 """
 
 
-def table(rows: list[Row]) -> str:
-    """The page: a summary, what did not pass by name, then a table by family for each library."""
-    parts = [INTRODUCTION, _summary_table(rows), _failures(rows), _skips(rows)]
+def table(rows: list[Row], missing: int = 0) -> str:
+    """The page: a summary, what did not pass by name, then a table by family for each library.
+
+    Args:
+        rows: of the networks that were run.
+        missing: how many were not; the page says so.
+    """
+    parts = [INTRODUCTION, _unfinished(len(rows), missing), _summary_table(rows), _failures(rows), _skips(rows)]
     for library in ("timm", "torchvision", "pytorchvideo"):
         chosen = [row for row in rows if row["library"] == library]
         if chosen:
             parts.append(f"## {library}\n\n{_family_table(chosen)}")
-    return "\n".join(parts)
+    return "\n".join(filter(None, parts))
+
+
+def _unfinished(run: int, missing: int) -> str:
+    return f"**Unfinished**: {missing:,} of {run + missing:,} networks have not been run yet.\n" if missing else ""
 
 
 def summary(rows: Iterable[Row]) -> dict[str, int]:

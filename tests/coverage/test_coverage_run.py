@@ -77,6 +77,7 @@ def stubbed(run, tmp_path, monkeypatch):
 def test_goes_on_where_it_was(stubbed, tmp_path):
     rows, seen = stubbed("--limit", "2")
     assert list(rows) == seen == NAMES[:2]
+    assert "**Unfinished**: 2 of 4 networks" in (tmp_path / "page.md").read_text()
     first = (tmp_path / "rows.json").read_text()
     rows, seen = stubbed()
     assert list(rows) == NAMES and seen == NAMES[2:]
@@ -85,6 +86,7 @@ def test_goes_on_where_it_was(stubbed, tmp_path):
     assert stubbed("--rerun", "all", "--only", "*resnet*", "--jobs", "2")[1].__len__() == 3
     page = (tmp_path / "page.md").read_text()
     assert "| timm | 4 | 4 | 4 | 0 | 0 | 0 | 0 |" in page and "Nothing failed." in page
+    assert "Unfinished" not in page
 
 
 @pytest.mark.parametrize(
