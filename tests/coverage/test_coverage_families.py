@@ -8,6 +8,15 @@ from coverage_check import check
 
 # Convolutions that become dynamic, of how many, at the smallest input that the network takes.
 NETWORKS = {
+    # Convolutions that read permuted tensors, at a batch of one.
+    "torchvision:convnext_tiny": (22, 22),
+    "timm:csatv2": (20, 52),
+    "timm:davit_tiny": (24, 28),
+    "timm:edgenext_xx_small": (17, 20),
+    "timm:coatnet_pico_rw_224": (56, 58),
+    "timm:caformer_s18": (34, 34),
+    "timm:gcvit_xxtiny": (40, 49),
+    # One per family.
     "timm:gernet_s": (42, 45),
     "timm:coat_lite_tiny": (18, 20),
     "timm:convnext_zepto_rms_ols": (35, 35),

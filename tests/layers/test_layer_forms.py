@@ -117,6 +117,18 @@ def check_channels_last(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_a_batch_of_one_keeps_its_strides(kernel_size):
+    """Channels last or contiguous: the stride of an axis of length 1 tells, and the choice of kernel follows it."""
+    plain = nn.Conv2d(512, 640, kernel_size)
+    layer = DynamicConv2d(512, 640, kernel_size, config=LayerConfig())
+    layer.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(1, 4, 4, 512).permute(0, 3, 1, 2)
+    for training in (False, True):
+        out, wanted = layer.train(training)(x), plain(x)
+        assert out.stride() == wanted.stride() and torch.equal(out, wanted)
+
+
 def test_a_slice_of_a_larger_tensor():
     layer, _, x = build(CONV3D)
     randomize(layer).eval()
