@@ -85,15 +85,14 @@ PRUNED = ("r2plus1d_18", "resnet50")  # Torch-Pruning takes many minutes for the
 # -- one network, in a process of its own --------------------------------------------------------------
 
 
-def measure(name: str, batch: int, dtype: str, repeats: int, measured: bool) -> dict[str, Any]:
+def measure(name: str, batch: int, dtype: str, repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model, inputs = NETWORKS[name](batch)
     model = model.eval()
     kind = getattr(torch, dtype)
     one = [x[:1] for x in inputs] if isinstance(inputs, list) else inputs[:1]
     config = redconvert.ConvertConfig(align=16)
-    options = {"measure": True} if measured else {}
-    dynamic = redconvert.convert(model, config, example_inputs=one, **options).to(kind)
+    dynamic = redconvert.convert(model, config, example_inputs=one).to(kind)
     inputs = [x.to(kind) for x in inputs] if isinstance(inputs, list) else inputs.to(kind)
     rivals = _openvino(model, inputs, dtype, one)
     if name in PRUNED and batch == 1:
@@ -150,10 +149,10 @@ def _pruned(dynamic: nn.Module, model: nn.Module, one: Any, inputs: Any, kind: t
             with torch.no_grad():
                 compiled(inputs)
         except Exception as error:
-            print(f"Torch-Pruning, {label}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+            print(f"Torch-Pruning, {key}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             continue
         seconds = time.perf_counter() - begin
-        found[f"Torch-Pruning as {label}, compiled"] = Rival(
+        found[f"Torch-Pruning as {key}, compiled"] = Rival(
             lambda compiled=compiled: compiled(inputs), macs, "pruned", seconds
         )
     return found
@@ -196,13 +195,12 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one network, batch and dtype")
-    parser.add_argument("--measured", action="store_true", help="leave dense what gains nothing on this machine")
     parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         name, batch, dtype = arguments.one.split("/")
-        print(json.dumps(measure(name, int(batch), dtype, arguments.repeats, arguments.measured)))
+        print(json.dumps(measure(name, int(batch), dtype, arguments.repeats)))
         return
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"what": __doc__.split("\n")[0]}
     runs = result.setdefault("runs", {})
@@ -210,20 +208,18 @@ def main() -> None:
         for batch in arguments.batches:
             for dtype in arguments.dtypes:
                 key = f"{name}/{batch}/{dtype}"
-                label = key + ("/measured" if arguments.measured else "")
-                if label in runs:
+                if key in runs:
                     continue
                 command = [sys.executable, __file__, "--one", key, "--repeats", str(arguments.repeats)]
-                command += ["--measured"] if arguments.measured else []
                 environ = {**os.environ, **ALLOCATOR}
                 try:
                     done = subprocess.run(
                         command, env=environ, stdout=subprocess.PIPE, text=True, check=True, timeout=arguments.timeout
                     )
                 except subprocess.SubprocessError as error:
-                    print(f"{label}: {error}", flush=True)
+                    print(f"{key}: {error}", flush=True)
                     continue
-                runs[label] = json.loads(done.stdout.splitlines()[-1])
+                runs[key] = json.loads(done.stdout.splitlines()[-1])
                 write(result | environment(0), arguments.out)
 
 
