@@ -105,7 +105,9 @@ class TritonUnit:
         shape = self.unit._output_shape(x.shape)
         N, C, T, Ho, Wo = shape
         if residual is not None and residual.shape != shape:
-            raise RedconvertError(f"the residual is {tuple(residual.shape)}, the output {tuple(shape)}: make them alike")
+            raise RedconvertError(
+                f"the residual is {tuple(residual.shape)}, the output {tuple(shape)}: make them alike"
+            )
         t, f, rows = self.tables, self.unit.filter, to_rows(x).contiguous()
         y = rows.new_empty(N, T, Ho, Wo, C) if scratch is None else scratch
         out = torch.empty_like(y)

@@ -55,7 +55,7 @@ def all_channels(y, frame, p, c, k, i, source, slope, offset, dense, mixed, posi
     from_ = tl.load(source + i * channels + c, mask=c < channels, other=0)
     value = tl.load(rows[:, None] + from_[None, :], mask=valid & one[None, :], other=0.0).to(tl.float32)
     value *= tl.load(slope + i * channels + c, mask=c < channels, other=0.0)[None, :]
-    if DENSE:
+    if DENSE:  # noqa: SIM102 - known when compiled, unlike the next
         if mixed != 0:
             for start in range(0, k, BK):
                 ranks = start + tl.arange(0, BK)
@@ -83,7 +83,7 @@ def finish(
     here = t // every * every
     value = all_channels(y, n * T + here, p, c, k, i, source, slope, offset, dense, rebuilds, positions, channels,
                          DENSE, BP, BC, BK)  # fmt: skip
-    if BLEND:
+    if BLEND:  # noqa: SIM102 - known when compiled, unlike the next
         if t != here:
             last = (T - 1) // every * every
             then = tl.minimum(here + every, last)

@@ -15,6 +15,7 @@ from redconvert.deploy.pack import Filter
 from redconvert.deploy.triton_conv import TritonUnit, device_decisions, serves
 from redconvert.deploy.unit import Batch, Unit
 
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 CHANNEL, TEMPORAL = [0, 1, 1, 0], [0, 0, 1, 1]
 
 
@@ -26,7 +27,8 @@ def test_decisions_are_the_first_open_candidates_else_the_last():
 
 
 def test_importing_redconvert_leaves_triton_alone():
-    code = "import sys, redconvert, redconvert.deploy.triton_conv; assert 'redconvert.deploy.triton_kernels' not in sys.modules"
+    module = "redconvert.deploy.triton_kernels"
+    code = f"import sys, redconvert, redconvert.deploy.triton_conv; assert {module!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -38,17 +40,16 @@ def test_kernels_in_the_interpreter():
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-def check(kernel: int, stride: int, cheap: str, blend: bool, relu: bool) -> None:
+def check(kernel: int, stride: int, cheap: str, blend: bool, relu: bool, dtype: torch.dtype = torch.float32) -> None:
     """One layer against the eager one; what was not computed is still NaN, and leaked nowhere."""
     torch.manual_seed(0)
-    config = redconvert.LayerConfig(cheap=cheap, blend_frames=blend)
+    config = redconvert.LayerConfig(cheap=cheap)
     pad = kernel // 2
     geometry = ((1, kernel, kernel), (1, stride, stride), (0, pad, pad))
     layer = redconvert.DynamicConv3d(5, 35, *geometry, config=config, gate_frames=5).eval()
-    for p in [*layer.cheap_c.parameters(), *layer.cheap_t.parameters()]:
+    for p in [*layer.cheap_c.parameters(), *(layer.cheap_t.parameters() if blend else ())]:
         torch.nn.init.normal_(p, std=0.3)
-    layer.cheap_c.order.copy_(torch.randperm(35))
-    layer.cheap_c.inverse.copy_(layer.cheap_c.order.argsort())
+    layer.cheap_c.set_order(torch.randperm(35))
     scale, shift = torch.rand(35) + 0.5, torch.randn(35)
     f = Filter(layer.weight.detach(), layer.bias.detach(), *geometry[1:], (1, 1, 1))
     unit = Unit(layer, f, (scale, shift), "relu" if relu else "none", Batch())
@@ -59,10 +60,16 @@ def check(kernel: int, stride: int, cheap: str, blend: bool, relu: bool) -> None
     residual = torch.randn_like(y) if relu else None
     wanted = y * scale.view(-1, 1, 1, 1) + shift.view(-1, 1, 1, 1)
     wanted = (wanted + residual).relu() if relu else wanted
-    scratch = torch.full((4, 5, *y.shape[3:], 35), float("nan"))
-    found = TritonUnit(unit)(x, torch.tensor(CHANNEL), torch.tensor(TEMPORAL), residual, scratch)
+    scratch = torch.full((4, 5, *y.shape[3:], 35), float("nan"), dtype=dtype)
+    found = TritonUnit(unit)(
+        x.to(dtype),
+        torch.tensor(CHANNEL),
+        torch.tensor(TEMPORAL),
+        None if residual is None else residual.to(dtype),
+        scratch,
+    )
     error = float((found - wanted).abs().max() / wanted.abs().max())
-    assert error < 1e-5, (kernel, stride, cheap, blend, error)
+    assert error < TOLERANCE[dtype], (kernel, stride, cheap, blend, error)
     for n, (i, j) in enumerate(zip(CHANNEL, TEMPORAL, strict=True)):
         computed = torch.zeros(scratch.shape[1:], dtype=torch.bool)
         computed[:: layer.candidates.strides[j], ..., : layer.candidates.channels[i]] = True
@@ -74,3 +81,5 @@ if __name__ == "__main__":
     check(3, 1, "pointwise", False, False)
     check(1, 2, "pointwise", True, True)
     check(3, 2, "scale", True, False)
+    check(3, 1, "pointwise", True, True, torch.float16)
+    check(1, 1, "pointwise", False, True, torch.bfloat16)
