@@ -1,7 +1,8 @@
 """A batch of mixed decisions in two Triton kernels that read the decisions on the device.
 
 The host never waits for a decision, so a CUDA graph can capture the whole. Tiles that a decision drops return at
-once. Not yet measured on a GPU, and off by default: numerics are tested on a CPU with Triton's interpreter.
+once. Not yet measured on a GPU, and off by default: numerics are tested on a CPU with Triton's interpreter, in
+float32 and float16; bfloat16 is unproven (it came out wrong in the interpreter, for a reason not yet found).
 """
 
 from __future__ import annotations
