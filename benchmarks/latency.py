@@ -149,10 +149,10 @@ def _pruned(dynamic: nn.Module, model: nn.Module, one: Any, inputs: Any, kind: t
             with torch.no_grad():
                 compiled(inputs)
         except Exception as error:
-            print(f"Torch-Pruning, {key}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+            print(f"Torch-Pruning, {label}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             continue
         seconds = time.perf_counter() - begin
-        found[f"Torch-Pruning as {key}, compiled"] = Rival(
+        found[f"Torch-Pruning as {label}, compiled"] = Rival(
             lambda compiled=compiled: compiled(inputs), macs, "pruned", seconds
         )
     return found

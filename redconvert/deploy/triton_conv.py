@@ -2,7 +2,7 @@
 
 The host never waits for a decision, so a CUDA graph can capture the whole. Tiles that a decision drops return at
 once. Not yet measured on a GPU, and off by default: numerics are tested on a CPU with Triton's interpreter, in
-float32 and float16; bfloat16 is unproven (it came out wrong in the interpreter, for a reason not yet found).
+float32 and float16; bfloat16 is refused (it came out wrong in the interpreter, for a reason not yet found).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .unit import Unit
 __all__ = ["TritonUnit", "device_decisions", "serves"]
 
 TILE = {"BP": 32, "BC": 32, "BK": 32}  # positions, channels, depth of a product: not tuned
-TYPES = (torch.float32, torch.float16, torch.bfloat16)
+TYPES = (torch.float32, torch.float16)
 
 
 def serves(unit: Unit) -> bool:
@@ -102,7 +102,7 @@ class TritonUnit:
         from . import triton_kernels as kernels
 
         if x.dtype not in TYPES:
-            raise RedconvertError(f"Triton kernels take float32, float16 and bfloat16, not {x.dtype}: convert the clip")
+            raise RedconvertError(f"Triton kernels take float32 and float16, not {x.dtype}: convert the clip")
         shape = self.unit._output_shape(x.shape)
         N, C, T, Ho, Wo = shape
         if residual is not None and residual.shape != shape:
