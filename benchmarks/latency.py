@@ -29,7 +29,7 @@ from common import RESULTS, environment, write
 from torch import Tensor, nn
 
 import redconvert
-from redconvert.deploy.bench import Rival, bench
+from redconvert.deploy.bench import Bench, Rival, Row, bench
 
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "8000000000",
@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one network, batch and dtype")
     parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
+    parser.add_argument("--plot", nargs=2, metavar=("RUN", "FILE"), help="draw a run of the JSON, measure nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -204,6 +205,10 @@ def main() -> None:
         return
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"what": __doc__.split("\n")[0]}
     runs = result.setdefault("runs", {})
+    if arguments.plot:
+        run, file = arguments.plot
+        Bench(**{**runs[run], "rows": tuple(Row(**row) for row in runs[run]["rows"])}).plot(file)
+        return
     for name in arguments.networks:
         for batch in arguments.batches:
             for dtype in arguments.dtypes:
