@@ -1,4 +1,7 @@
-"""The fx pass for inference: each convolution takes in the norm, the residual add and the activation behind it."""
+"""The fx pass for inference: each convolution takes in the norm, the residual add and the activation behind it.
+
+So does a product with one number per channel, as in squeeze and excitation, with the activation behind it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch.nn import functional as F
 
 from ..layers import DynamicConv
 from ..layers.recipes import Recipe, recipe_of
+from .excite import Excite, Squeeze
 from .pack import Filter
 from .pool import Pool
 from .unit import Batch, Unit
@@ -25,6 +29,10 @@ _ACTIVATION_CALLS: dict[Any, str] = {
     **{F.relu: "relu", torch.relu: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu"},
     **{F.silu: "swish", F.hardswish: "hardswish"},
 }
+_PRODUCTS = {operator.mul, torch.mul, "mul"}
+_SIGMOIDS = {nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"}
+_SCALES = _SIGMOIDS | {nn.Hardsigmoid, F.hardsigmoid}
+_IDENTITIES = {nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d}  # in inference
 
 
 def filter_of(conv: nn.Module) -> Filter | None:
@@ -46,9 +54,46 @@ def filter_of(conv: nn.Module) -> Filter | None:
 
 def fuse(
     graph: fx.Graph, modules: dict[str, nn.Module], batch: Batch, forms: dict[str, dict[str, str]]
-) -> dict[str, Unit | Pool]:
-    """Replace convolutions with what follows them, and max pools; returned are the modules of the new targets."""
-    return {**_fuse_convolutions(graph, modules, batch, forms), **_fuse_pools(graph, modules)}
+) -> dict[str, nn.Module]:
+    """Replace convolutions with what follows them, pools, means and scales; returned are the modules of new targets."""
+    _simplify(graph, modules)
+    units = _fuse_convolutions(graph, modules, batch, forms)
+    excites = _fuse_excitations(graph, modules, batch)
+    squeezes = _fuse_means(graph, modules, units)
+    _tell_who_feeds_gates(graph, units, excites)
+    return {**units, **excites, **squeezes, **_fuse_pools(graph, modules)}
+
+
+def _simplify(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Without what does nothing in inference, and with ``x * sigmoid(x)`` by its name."""
+    for node in list(graph.nodes):
+        if _kind(node, modules) in _IDENTITIES and len(node.args) == 1 and isinstance(node.args[0], fx.Node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        for x, gate in _factors(node):
+            if _kind(gate, modules) in _SIGMOIDS and gate.args == (x,) and len(gate.users) == 1 and gate.next is node:
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(graph.call_function(F.silu, (x,)))
+                graph.erase_node(node)
+                graph.erase_node(gate)
+                break
+
+
+def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
+    """What a node calls: a function, the name of a method, or the class of a module on which nobody looks."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        return None if module is None or _is_hooked(module) else type(module)
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
+def _factors(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Both factors of a product of two nodes, in both orders."""
+    pair = [each for each in node.args if isinstance(each, fx.Node)]
+    is_product = node.op in ("call_function", "call_method") and node.target in _PRODUCTS
+    if not is_product or len(pair) != 2 or len(node.args) != 2 or node.kwargs:
+        return []
+    return [(pair[0], pair[1]), (pair[1], pair[0])]
 
 
 def _fuse_convolutions(
@@ -72,11 +117,63 @@ def _fuse_convolutions(
         chain.last.replace_all_uses_with(call)
         for part in reversed(chain.parts):
             graph.erase_node(part)
-    for node in graph.nodes:
-        if node.target in units:
-            readers = [units[user.target] for user in node.users if user.target in units and user.args[0] is node]
-            units[node.target].feeds_gate = any(reader.gate is not None for reader in readers)
     return units
+
+
+def _tell_who_feeds_gates(graph: fx.Graph, units: dict[str, Unit], excites: dict[str, Excite]) -> None:
+    for node in graph.nodes:
+        writer = units.get(node.target) or excites.get(node.target)
+        if writer is not None:
+            readers = [units[user.target] for user in node.users if user.target in units and user.args[0] is node]
+            writer.feeds_gate = any(reader.gate is not None for reader in readers)
+
+
+def _fuse_excitations(graph: fx.Graph, modules: dict[str, nn.Module], batch: Batch) -> dict[str, Excite]:
+    """Products with a sigmoid, and the activation behind them."""
+    excites: dict[str, Excite] = {}
+    for node in list(graph.nodes):
+        for x, scale in _factors(node):
+            if _kind(scale, modules) not in _SCALES:
+                continue
+            user = next(iter(node.users)) if len(node.users) == 1 else None
+            activation = None if user is None else _activation(user, node, modules)
+            last = node if activation is None or user is None else user
+            target = f"excite{len(excites)}"
+            excites[target] = Excite(activation or "none", batch)
+            with graph.inserting_before(node):
+                last.replace_all_uses_with(graph.call_module(target, (x, scale)))
+            for part in (last, node) if last is not node else (node,):
+                graph.erase_node(part)
+            break
+    return excites
+
+
+def _fuse_means(graph: fx.Graph, modules: dict[str, nn.Module], units: dict[str, Unit]) -> dict[str, Squeeze]:
+    """Means over three axes of what a unit computes."""
+    squeezes: dict[str, Squeeze] = {}
+    for node in list(graph.nodes):
+        squeeze, source = _squeeze(node, modules), node.args[0] if node.args else None
+        if squeeze is None or not isinstance(source, fx.Node) or source.target not in units:
+            continue
+        target = f"squeeze{len(squeezes)}"
+        squeezes[target] = squeeze
+        units[str(source.target)].feeds_mean = True
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_module(target, (source,)))
+        graph.erase_node(node)
+    return squeezes
+
+
+def _squeeze(node: fx.Node, modules: dict[str, nn.Module]) -> Squeeze | None:
+    kind = _kind(node, modules)
+    if kind is nn.AdaptiveAvgPool3d and modules[str(node.target)].output_size in (1, (1, 1, 1)):
+        return Squeeze((2, 3, 4), True)
+    if kind not in (torch.mean, "mean") or not {*node.kwargs} <= {"dim", "keepdim"}:
+        return None
+    given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | dict(node.kwargs)
+    dims, keepdim = given.get("dim"), given.get("keepdim", False)
+    fixed = isinstance(dims, list | tuple) and len(dims) == 3 and all(isinstance(dim, int) for dim in dims)
+    return Squeeze(tuple(dims), keepdim) if fixed and isinstance(keepdim, bool) else None  # type: ignore[arg-type]
 
 
 def _fuse_pools(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str, Pool]:
@@ -176,17 +273,18 @@ class _Chain:
 
     def _take_activation(self) -> None:
         node = self._next()
-        if node is None:
-            return
-        found = None
-        if node.op == "call_module":
-            module = self.modules.get(str(node.target))
-            found = None if module is None or _is_hooked(module) else _ACTIVATION_MODULES.get(type(module))
-        elif node.op in ("call_function", "call_method"):
-            found = _ACTIVATION_CALLS.get(node.target) if node.args[:1] == (self.last,) else None
-        if found is not None:
+        found = None if node is None else _activation(node, self.last, self.modules)
+        if node is not None and found is not None:
             self.activation = found
             self.parts.append(node)
+
+
+def _activation(node: fx.Node, of: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """The key of ACTIVATIONS that a node applies to ``of``; None for anything else."""
+    kind = _kind(node, modules)
+    if node.op == "call_module":
+        return _ACTIVATION_MODULES.get(kind)
+    return _ACTIVATION_CALLS.get(kind) if node.args[:1] == (of,) else None
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Assembly", "Filling", "compiled", "gate", "max_pool"]
+__all__ = ["Assembly", "Filling", "Triple", "addresses", "compiled", "gate", "max_pool", "pool_into"]
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "vectors.c")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 LIMIT, HIDDEN = 4096, 256  # channels, and units of a gate: as in kernels.c
 RUN = 8  # channels in a row that are worth a loop of their own
@@ -82,12 +82,12 @@ class Assembly:
         k, d, channels = computed.shape[-1], 0 if rebuilt is None else rebuilt.shape[-1], len(self.source)
         function = _function("assemble", computed, max(k + d, channels))
         if function is None:
-            return _pool(self.in_pytorch(computed, rebuilt, residual, relu), pooled)
+            return pool_into(pooled, self.in_pytorch(computed, rebuilt, residual, relu))
         N, T, H, W = computed.shape[:4]
         out = computed.new_empty(N, T, H, W, channels)
-        table = (*_address(self.pieces), len(self.pieces), *_address(self.source, self.scale, self.shift))
-        sources = (*_address(computed), k, *_address(rebuilt), d)
-        function(*sources, *table, *_address(residual), relu, N * T, H * W, channels, *_address(out, pooled))
+        table = (*addresses(self.pieces), len(self.pieces), *addresses(self.source, self.scale, self.shift))
+        sources = (*addresses(computed), k, *addresses(rebuilt), d)
+        function(*sources, *table, *addresses(residual), relu, N * T, H * W, channels, *addresses(out, pooled))
         return out
 
     def in_pytorch(self, computed: Tensor, rebuilt: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
@@ -126,11 +126,11 @@ class Filling:
         N, held, H, W, C = y.shape
         function = _function("fill", y, C)
         if function is None:
-            return _pool(self.in_pytorch(y, num_frames, residual, relu), pooled)
+            return pool_into(pooled, self.in_pytorch(y, num_frames, residual, relu))
         out = y.new_empty(N, num_frames, H, W, C)
-        clips = (*_address(y), N, held, len(self.weight), num_frames)
-        weights = _address(self.weight, self.bias)
-        function(*clips, *weights, *_address(residual), relu, H * W, C, *_address(out, pooled))
+        clips = (*addresses(y), N, held, len(self.weight), num_frames)
+        weights = addresses(self.weight, self.bias)
+        function(*clips, *weights, *addresses(residual), relu, H * W, C, *addresses(out, pooled))
         return out
 
     def in_pytorch(self, y: Tensor, num_frames: int, residual: Tensor | None, relu: bool) -> Tensor:
@@ -157,7 +157,7 @@ def max_pool(
         return F.max_pool3d(padded, kernel, stride).permute(0, 2, 3, 4, 1).contiguous()
     out = x.new_empty(x.shape[0], *sizes, x.shape[4])
     shapes, window = (ctypes.c_int64 * 7)(*x.shape[:4], *sizes), (ctypes.c_int64 * 9)(*kernel, *stride, *before)
-    function(*_address(x), shapes, window, outside, x.shape[4], *_address(out))
+    function(*addresses(x), shapes, window, outside, x.shape[4], *addresses(out))
     return out
 
 
@@ -176,13 +176,14 @@ def gate(
         return torch.addmm(b2, torch.addmm(b1, pooled.flatten(1).to(w1.dtype), w1).tanh_(), w2)
     z = b2.new_empty(len(x), len(b2))
     N, T, H, W, C = x.shape
-    weights = (*_address(w1, b1), len(b1), *_address(w2, b2), len(b2))
+    weights = (*addresses(w1, b1), len(b1), *addresses(w2, b2), len(b2))
     for sample in range(N):
-        function(*_address(x[sample]), T, H * W, C, *weights, *_address(z[sample]))
+        function(*addresses(x[sample]), T, H * W, C, *weights, *addresses(z[sample]))
     return z
 
 
-def _pool(x: Tensor, pooled: Tensor | None) -> Tensor:
+def pool_into(pooled: Tensor | None, x: Tensor) -> Tensor:
+    """x, whose mean over H and W is added to ``pooled``, where there is one."""
     if pooled is not None:
         pooled += x.flatten(2, 3).mean(2)
     return x
@@ -194,7 +195,8 @@ def _function(name: str, x: Tensor, channels: int) -> Any:
     return library and getattr(library, f"{name}_{TYPES[x.dtype]}")
 
 
-def _address(*tensors: Tensor | None) -> list[int | None]:
+def addresses(*tensors: Tensor | None) -> list[int | None]:
+    """Of contiguous tensors, for C."""
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
@@ -219,23 +221,28 @@ def compiled() -> ctypes.CDLL | None:
         }.items():
             function = getattr(library, f"{name}_{kind}")
             function.argtypes, function.restype = arguments, None
+    library.depthwise_f32.argtypes = [*(pointer,) * 5, flag, number, pointer, pointer]
+    library.rescale_f32.argtypes = [pointer, pointer, flag, *(number,) * 4, pointer, pointer]
+    library.depthwise_f32.restype = library.rescale_f32.restype = None
     return library
 
 
 def _build(compiler: str) -> Path:
     """Compile once per source, compiler and processor; a file that is half written is never loaded."""
-    key = b"|".join([SOURCE.read_bytes(), compiler.encode(), " ".join(FLAGS).encode(), _processor()])
+    key = b"|".join(
+        [*(source.read_bytes() for source in SOURCES), compiler.encode(), " ".join(FLAGS).encode(), _processor()]
+    )
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "redconvert"
     library = folder / f"kernels-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        half, whole = f"{work}/kernels.o", f"{work}/kernels.so"
+        halves, whole = [f"{work}/{source.stem}.o" for source in SOURCES], f"{work}/kernels.so"
         for command in (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", half],
+            *([compiler, *FLAGS, "-c", str(source), "-o", half] for source, half in zip(SOURCES, halves, strict=True)),
             # Linked without OpenMP: its functions are those that PyTorch has loaded, so both share one set of threads.
-            [compiler, "-shared", half, "-o", whole],
+            [compiler, "-shared", *halves, "-o", whole],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=120)
         os.replace(whole, library)

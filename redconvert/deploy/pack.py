@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import vectors
+
 __all__ = ["ACTIVATIONS", "Filter", "PackedConv", "channels_last", "from_rows", "to_rows"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -19,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": lambda x: F.silu(x, inplace=True),
     "hardswish": lambda x: F.hardswish(x, inplace=True),
 }
-FORM_NAMES = ("conv", "frames", "line")
+FORM_NAMES = ("conv", "frames", "line", "rows", "channels")
 PACKED_TYPES = (torch.float32, torch.bfloat16)
 TRIALS = 3
 SHAPES = 4  # of the input for which a convolution keeps its packed weights
@@ -67,6 +69,8 @@ class PackedConv:
     - ``conv``: as it is.
     - ``frames``: 1 x kh x kw with temporal stride 1, as a 2D convolution over N*T frames.
     - ``line``: kt x 1 x 1, as a 2D convolution over an image of T rows and H*W columns.
+    - ``rows``: 1 x 1 x 1, as a product of matrices.
+    - ``channels``: one filter per channel, in C.
     """
 
     filter: Filter
@@ -75,25 +79,38 @@ class PackedConv:
     _packed: dict[tuple[str, torch.Size], Tensor] = field(default_factory=dict, repr=False)
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None = None, activation: str = "none", overwrite: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "none",
+        overwrite: bool = False,
+        means: Tensor | None = None,
     ) -> Tensor:
-        """``overwrite``: the result may take the residual's place in memory."""
+        """``overwrite``: the result may take the residual's place in memory; ``means``: see `gives_means`."""
         if not self._serves(x):
             return self._plain(x, residual, activation)
         if self.form is None:
             forms = self.forms()
             self.form = forms[0] if len(forms) == 1 else self._fastest(forms, x, residual, activation)
-        return self._run(self.form, x, residual, activation, overwrite)
+        return self._run(self.form, x, residual, activation, overwrite, means)
+
+    def gives_means(self, residual: object, activation: str) -> bool:
+        """Whether a call adds the means of its result over H and W, ``(N, T_o, C_out)``, to ``means``."""
+        return self.form == "channels" and residual is None and activation in vectors.CODES
 
     def forms(self) -> list[str]:
         """Those that compute this convolution."""
-        f, found = self.filter, ["conv"]
-        if self.images:
-            return ["frames"]
-        if f.kernel[0] == 1 and f.stride[0] == 1 and f.padding[0] == 0:
+        f, found = self.filter, ["frames"] if self.images else ["conv"]
+        alone, plain = f.kernel[0] == 1 and f.padding[0] == 0, f.kernel[1:] == (1, 1) and f.padding[1:] == (0, 0)
+        if alone and f.stride[0] == 1 and not self.images:
             found.append("frames")
-        if f.kernel[1:] == (1, 1) and f.stride[1:] == (1, 1) and f.padding[1:] == (0, 0):
+        if plain and f.stride[1:] == (1, 1) and not self.images:
             found.append("line")
+        if alone and plain and f.stride == (1, 1, 1) and f.groups == 1:
+            found.append("rows")
+        per_channel = f.groups == len(f.weight) and f.weight.shape[1] == 1 and f.dilation == (1, 1, 1)
+        if per_channel and vectors.runs_in_c(f.weight, f.groups):
+            found.append("channels")
         return found
 
     def _serves(self, x: Tensor) -> bool:
@@ -117,7 +134,19 @@ class PackedConv:
         self._packed = {key: packed for key, packed in self._packed.items() if key[0] == fastest}
         return fastest
 
-    def _run(self, form: str, x: Tensor, residual: Tensor | None, activation: str, overwrite: bool = False) -> Tensor:
+    def _run(
+        self,
+        form: str,
+        x: Tensor,
+        residual: Tensor | None,
+        activation: str,
+        overwrite: bool = False,
+        means: Tensor | None = None,
+    ) -> Tensor:
+        if form == "rows":
+            return self._run_rows(x, residual, activation)
+        if form == "channels":
+            return self._run_channels(x, residual, activation, means)
         f = self.filter
         stride, padding, dilation = (_arguments(form, each) for each in (f.stride, f.padding, f.dilation))
         if form == "line":
@@ -139,19 +168,46 @@ class PackedConv:
             y = operators._convolution_pointwise.binary(image, other, packed, f.bias, *geometry, *sum_and_act)
         return _as_clips(form, y, x)
 
+    def _run_rows(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        f, rows = self.filter, _as_rows(x)
+        key = ("rows", rows.shape)
+        if key not in self._packed:
+            weight = f.weight.flatten(1).contiguous()
+            self._keep(key, torch.ops.mkldnn._reorder_linear_weight(weight, len(rows)))
+        operator = torch.ops.mkldnn._linear_pointwise
+        if residual is None:
+            y = operator.default(rows, self._packed[key], f.bias, activation, [], "")
+        else:
+            y = operator.binary(rows, _as_rows(residual), self._packed[key], f.bias, "add")
+            y = ACTIVATIONS[activation](y)
+        return from_rows(y.view(*to_rows(x).shape[:4], -1))
+
+    def _run_channels(self, x: Tensor, residual: Tensor | None, activation: str, means: Tensor | None) -> Tensor:
+        f, key = self.filter, ("channels", torch.Size())
+        if key not in self._packed:
+            self._keep(key, f.weight.squeeze(1).permute(1, 2, 3, 0).contiguous())
+        bias = f.weight.new_zeros(len(f.weight)) if f.bias is None else f.bias
+        if residual is None and activation in vectors.CODES:
+            return vectors.depthwise(x, self._packed[key], bias, f.stride, f.padding, activation, means)
+        y = vectors.depthwise(x, self._packed[key], bias, f.stride, f.padding)
+        return ACTIVATIONS[activation](y if residual is None else y.add_(residual))
+
+    def _keep(self, key: tuple[str, torch.Size], packed: Tensor) -> None:
+        while len(self._packed) >= SHAPES:
+            del self._packed[next(iter(self._packed))]
+        self._packed[key] = packed
+
     def _weight(
         self, form: str, shape: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
     ) -> Tensor:
         """The weight in the order that oneDNN wants for this form and shape; another order is mended at every call."""
         key = (form, shape)
         if key not in self._packed:
-            while len(self._packed) >= SHAPES:
-                del self._packed[next(iter(self._packed))]
             weight = self.filter.weight
             weight = weight if form == "conv" else weight.squeeze({"frames": 2, "line": 4}[form])
             reorder = getattr(torch._C._nn, f"mkldnn_reorder_conv{weight.dim() - 2}d_weight")
             opaque = weight.contiguous().to_mkldnn()
-            self._packed[key] = reorder(opaque, padding, stride, dilation, self.filter.groups, shape)
+            self._keep(key, reorder(opaque, padding, stride, dilation, self.filter.groups, shape))
         return self._packed[key]
 
 
@@ -182,6 +238,11 @@ def _as_images(form: str, x: Tensor) -> Tensor:
     if form == "line":
         return to_rows(x).flatten(2, 3).permute(0, 3, 1, 2)
     return x
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """Clips as one row per position: a view."""
+    return to_rows(x).flatten(0, 3)
 
 
 def _as_clips(form: str, y: Tensor, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .excite import Excite, Squeeze
 from .frames import Frames, full
 from .pack import channels_last
 from .pool import Pool
@@ -72,6 +73,10 @@ class Program:
             module = self.modules[str(node.target)]
             if isinstance(module, Unit):
                 return self._unit(module, node, live, unused)
+            if isinstance(module, Excite):
+                return self._excite(module, node, live, unused)
+            if isinstance(module, Squeeze):
+                return lambda values: module(values[node.args[0]])  # type: ignore[index]
             if isinstance(module, Pool):
                 return lambda values: on_clips(module, *fx.node.map_arg(node.args, values.__getitem__))
             keeps = _keeps_copies(module)
@@ -95,20 +100,32 @@ class Program:
             return lambda values: on_clips(unit, values[x])  # type: ignore[index]
         residual = node.args[1]
         assert isinstance(residual, fx.Node)
-        fresh = {value for value in live if self._is_fresh(value)}
-        free = residual in fresh and residual in unused and residual is not x
-        suspects = [value for value in live - fresh if value is not residual]  # may be views of the residual
+        free = self._free(residual, live, unused) if residual is not x else lambda values: False
 
         def call(values: Values) -> Any:
-            added = values[residual]
-            overwrite = free and not any(_share_memory(values[each], added) for each in suspects)
-            return on_clips(unit, values[x], added, overwrite=overwrite)  # type: ignore[index]
+            return on_clips(unit, values[x], values[residual], overwrite=free(values))  # type: ignore[index]
 
         return call
 
+    def _excite(
+        self, excite: Excite, node: fx.Node, live: set[fx.Node], unused: list[fx.Node]
+    ) -> Callable[[Values], Any]:
+        """The product takes the place of what is scaled where nobody needs that any more."""
+        x, scale = node.args
+        assert isinstance(x, fx.Node) and isinstance(scale, fx.Node)
+        free = self._free(x, live, unused)
+        return lambda values: excite(values[x], values[scale], free(values))
+
+    def _free(self, value: fx.Node, live: set[fx.Node], unused: list[fx.Node]) -> Callable[[Values], bool]:
+        """Whether a node may write over one of its arguments: nobody reads it later, by this name or another."""
+        fresh = {each for each in live if self._is_fresh(each)}
+        free = value in fresh and value in unused
+        suspects = [each for each in live - fresh if each is not value]  # may be views of it
+        return lambda values: free and not any(_share_memory(values[each], values[value]) for each in suspects)
+
     def _is_fresh(self, node: fx.Node) -> bool:
-        """Whether a value is in memory of its own: what units and pools return."""
-        return node.op == "call_module" and isinstance(self.modules[str(node.target)], Unit | Pool)
+        """Whether a value is in memory of its own: what units, pools and products return."""
+        return node.op == "call_module" and isinstance(self.modules[str(node.target)], Unit | Pool | Excite)
 
 
 def _arguments(node: fx.Node, values: Values) -> tuple[Any, Any]:

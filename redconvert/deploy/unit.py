@@ -71,6 +71,7 @@ class Unit(nn.Module):
 
     Attributes:
         feeds_gate: a dynamic unit reads the result, and wants to know its means.
+        feeds_mean: somebody else wants to know them.
         baked: the decision that the gate always takes, so that it need not be asked; None where it is.
     """
 
@@ -91,7 +92,7 @@ class Unit(nn.Module):
         self.filter, self.activation, self.batch, self.forms = filter, activation, batch, forms or {}
         self.folded = filter if norm is None else filter.scaled(*norm)
         self.gate = FoldedGate(conv.gate) if isinstance(conv, DynamicConv) else None
-        self.feeds_gate = False
+        self.feeds_gate = self.feeds_mean = False
         self.baked: Decision | None = None
         self._packs: dict[str, PackedConv] = {}
         self._shapes: dict[torch.Size, torch.Size] = {}
@@ -211,7 +212,8 @@ class Unit(nn.Module):
         fuses = activation in ("relu", "none")
         if filling is None and fits:
             added = residual.held if isinstance(residual, Frames) and read.stride > 1 else residual
-            means = self._means(x.shape[0], -(-read.num_frames // read.stride)) if i and fuses else None
+            gives = packed.gives_means(residual, activation) if not i else fuses
+            means = self._means(x.shape[0], -(-read.num_frames // read.stride)) if gives else None
             added = None if added is None else full(added)
             y = self._compute(held, read, packed, i, added, activation, overwrite, means)
             return y if read.stride == 1 and means is None else frames.replaced(y, means)
@@ -225,7 +227,7 @@ class Unit(nn.Module):
 
     def _means(self, num_clips: int, num_frames: int) -> Tensor | None:
         """Room for the mean over H and W of what comes out, where a gate will read it."""
-        if not (self.feeds_gate and self.batch.gates_run):
+        if not (self.feeds_mean or (self.feeds_gate and self.batch.gates_run)):
             return None
         weight = self.filter.weight
         return torch.zeros(num_clips, num_frames, len(weight), dtype=torch.float32, device=weight.device)
@@ -262,7 +264,7 @@ class Unit(nn.Module):
     ) -> Tensor:
         """The frames that are computed, with all channels, norm, residual and activation."""
         if not channel:
-            return packed(read.padded(x), residual, activation, overwrite)
+            return packed(read.padded(x), residual, activation, overwrite, means)
         reduced = self._reduce(channel)
         if reduced.inputs is not None:
             x = select(x, 1, reduced.inputs)

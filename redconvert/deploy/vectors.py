@@ -1,0 +1,72 @@
+"""Passes that vectors.c does in float32, and their twins in PyTorch: depthwise convolution, a product per channel."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .kernels import Triple, addresses, compiled, pool_into
+
+__all__ = ["CODES", "depthwise", "rescale", "runs_in_c"]
+
+CODES = {"none": 0, "relu": 1, "swish": 2}  # activations that vectors.c knows
+LANES, PERIOD = 16, 16384  # as in vectors.c
+
+
+def runs_in_c(like: Tensor, channels: int) -> bool:
+    """Whether these functions run in C for so many channels of this dtype and device, or pass after pass in PyTorch."""
+    fits = like.device.type == "cpu" and like.dtype == torch.float32 and LANES <= channels <= PERIOD // LANES
+    return fits and compiled() is not None
+
+
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: Triple,
+    padding: Triple,
+    activation: str = "none",
+    pooled: Tensor | None = None,
+) -> Tensor:
+    """``act(conv(x) + bias)``, one filter per channel: ``x (N, C, T, H, W)`` -> ``(N, C, T_o, H_o, W_o)``.
+
+    Both in channels-last memory; ``weight (kt, kh, kw, C)`` contiguous; ``activation`` one of CODES. ``pooled
+    (N, T_o, C)``, zeros, takes the mean of the result over H and W.
+    """
+    library = compiled() if runs_in_c(x, x.shape[1]) else None
+    rows, kernel = x.permute(0, 2, 3, 4, 1), tuple(weight.shape[:3])
+    if library is None:
+        y = F.conv3d(x, weight.permute(3, 0, 1, 2).unsqueeze(1), bias, stride, padding, groups=x.shape[1])
+        out = pool_into(pooled, _act(y, activation).permute(0, 2, 3, 4, 1).contiguous())
+    else:
+        geometry = zip(x.shape[2:], kernel, stride, padding, strict=True)
+        sizes = [(n + 2 * p - k) // s + 1 for n, k, s, p in geometry]
+        out = x.new_empty(len(x), *sizes, x.shape[1])
+        shapes, window = (ctypes.c_int64 * 7)(*rows.shape[:4], *sizes), (ctypes.c_int64 * 9)(*kernel, *stride, *padding)
+        inputs = (*addresses(rows), shapes, window, *addresses(weight, bias))
+        library.depthwise_f32(*inputs, CODES[activation], x.shape[1], *addresses(out, pooled))
+    return out.permute(0, 4, 1, 2, 3)
+
+
+def rescale(x: Tensor, scale: Tensor, activation: str, overwrite: bool = False, pooled: Tensor | None = None) -> Tensor:
+    """``act(x * scale)`` for ``x (N, C, T, H, W)`` in channels-last memory and ``scale`` of as many numbers as N * C.
+
+    ``activation`` is one of CODES; ``overwrite``: the result takes the place of x. ``pooled`` as in `depthwise`.
+    """
+    library = compiled() if runs_in_c(x, x.shape[1]) else None
+    rows, by = x.permute(0, 2, 3, 4, 1), scale.reshape(len(x), 1, 1, 1, -1)
+    if library is None:
+        out = pool_into(pooled, _act(rows * by, activation))
+    else:
+        N, T, H, W, C = rows.shape
+        out = rows if overwrite else torch.empty_like(rows)
+        sizes = N, T, H * W, C
+        library.rescale_f32(*addresses(rows, by), CODES[activation], *sizes, *addresses(out, pooled))
+    return out.permute(0, 4, 1, 2, 3)
+
+
+def _act(x: Tensor, activation: str) -> Tensor:
+    return {"none": lambda: x, "relu": x.relu_, "swish": lambda: F.silu(x, inplace=True)}[activation]()
