@@ -38,8 +38,10 @@ ACCEPTED = (
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments: a tuple is the former, a dict with string keys the latter.
 
-    Anything else, a tensor or the list of tensors that SlowFast takes, is the one argument.
+    Anything else, a tensor or the list of tensors that SlowFast takes, is the one argument. Lists and dicts are
+    handed over as copies: SlowFast puts its features into the list that it is given.
     """
+    example_inputs = tree_map(lambda leaf: leaf, example_inputs)
     if isinstance(example_inputs, tuple):
         return tuple(example_inputs), {}
     if _is_keywords(example_inputs):

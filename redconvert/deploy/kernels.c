@@ -58,7 +58,8 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
  * and here the numbers are at hand.
  *
  * max_pool: sizes are (clips, T, H, W, T_o, H_o, W_o); window is kernel, stride and the padding before, of T, H and W;
- * what lies outside is `outside`.
+ * what lies outside is `outside`. Of neighbours' windows that overlap, each column is reduced once: the last RING of
+ * them are kept, so windows are no wider than that.
  *
  * gate: z = w2 tanh(w1 mean(x) + b1) + b2 of one sample, the mean taken over the rows of each frame. */
 
@@ -80,13 +81,15 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
             sum[c] / positions;
 
 #define BLOCK 64
+#define RING 16
 
-/* The larger of both; what is no number stays. */
-#define TAKE(T)                                                                                                    \
-    {                                                                                                              \
-        const float value = LOAD_##T(from[c]);                                                                     \
-        best[c] = value > best[c] || value != value ? value : best[c];                                             \
-    }
+/* The larger of both for every channel of a block; what is no number stays. In registers where the width is known. */
+#define LARGER(VALUE, BEST) BEST = (VALUE) > (BEST) || (VALUE) != (VALUE) ? (VALUE) : (BEST);
+#define TAKE(VALUE, BEST)                                                                                          \
+    if (width == BLOCK)                                                                                            \
+        for (int64_t c = 0; c < BLOCK; c++) LARGER(VALUE, BEST)                                                    \
+    else                                                                                                           \
+        for (int64_t c = 0; c < width; c++) LARGER(VALUE, BEST)
 
 #define DEFINE(T, E)                                                                                               \
     void assemble_##T(const E *y, int64_t k, const E *z, int64_t d, const int32_t *pieces, int64_t num_pieces,     \
@@ -144,33 +147,39 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
     }                                                                                                              \
     void max_pool_##T(const E *x, const int64_t *sizes, const int64_t *window, float outside, int64_t channels,    \
                       E *out) {                                                                                    \
-        const int64_t *in = sizes + 1, *to_size = sizes + 4, *kernel = window, *stride = window + 3,               \
-                      *before = window + 6, rows = sizes[0] * to_size[0] * to_size[1] * to_size[2];                \
-        _Pragma("omp parallel for schedule(static)") for (int64_t row = 0; row < rows; row++) {                    \
-            int64_t place = row, begin[3], end[3];                                                                 \
+        const int64_t *in = sizes + 1, *to = sizes + 4, *kernel = window, *stride = window + 3, *before = window + 6;\
+        _Pragma("omp parallel for schedule(static)") for (int64_t row = 0; row < sizes[0] * to[0] * to[1]; row++) {\
+            int64_t place = row, begin[2], end[2];                                                                 \
             float start = -__builtin_inff();                                                                       \
-            for (int axis = 2; axis >= 0; axis--) {                                                                \
-                int64_t first = place % to_size[axis] * stride[axis] - before[axis], last = first + kernel[axis];  \
-                place /= to_size[axis];                                                                            \
+            for (int axis = 1; axis >= 0; axis--) {                                                                \
+                int64_t first = place % to[axis] * stride[axis] - before[axis], last = first + kernel[axis];       \
+                place /= to[axis];                                                                                 \
                 if (first < 0 || last > in[axis]) start = outside;                                                 \
                 begin[axis] = first < 0 ? 0 : first;                                                               \
                 end[axis] = last > in[axis] ? in[axis] : last;                                                     \
             }                                                                                                      \
             for (int64_t block = 0; block < channels; block += BLOCK) {                                            \
-                float best[BLOCK]; /* in registers, where the width of a block is known */                         \
                 const int64_t width = channels - block < BLOCK ? channels - block : BLOCK;                         \
-                for (int64_t c = 0; c < BLOCK; c++) best[c] = start;                                               \
-                for (int64_t t = begin[0]; t < end[0]; t++)                                                        \
-                    for (int64_t h = begin[1]; h < end[1]; h++) {                                                  \
-                        const E *from = x + (((place * in[0] + t) * in[1] + h) * in[2] + begin[2]) * channels;     \
-                        from += block;                                                                             \
-                        for (int64_t w = begin[2]; w < end[2]; w++, from += channels)                              \
-                            if (width == BLOCK)                                                                    \
-                                for (int64_t c = 0; c < BLOCK; c++) TAKE(T)                                        \
-                            else                                                                                   \
-                                for (int64_t c = 0; c < width; c++) TAKE(T)                                        \
+                float columns[RING][BLOCK], best[BLOCK];                                                           \
+                int64_t ready = 0;                                                                                 \
+                for (int64_t w = 0; w < to[2]; w++) {                                                              \
+                    const int64_t first = w * stride[2] - before[2], last = first + kernel[2];                     \
+                    const int64_t left = first < 0 ? 0 : first, right = last > in[2] ? in[2] : last;               \
+                    for (ready = ready < left ? left : ready; ready < right; ready++) {                            \
+                        float *column = columns[ready % RING];                                                     \
+                        for (int64_t c = 0; c < BLOCK; c++) best[c] = start;                                       \
+                        for (int64_t t = begin[0]; t < end[0]; t++)                                                \
+                            for (int64_t h = begin[1]; h < end[1]; h++) {                                          \
+                                const E *from = x + (((place * in[0] + t) * in[1] + h) * in[2] + ready) * channels;\
+                                TAKE(LOAD_##T(from[block + c]), best[c])                                           \
+                            }                                                                                      \
+                        for (int64_t c = 0; c < BLOCK; c++) column[c] = best[c];                                   \
                     }                                                                                              \
-                for (int64_t c = 0; c < width; c++) out[row * channels + block + c] = STORE_##T(best[c]);          \
+                    for (int64_t c = 0; c < BLOCK; c++) best[c] = first < 0 || last > in[2] ? outside : start;     \
+                    for (int64_t i = left; i < right; i++) TAKE(columns[i % RING][c], best[c])                     \
+                    E *to_row = out + (row * to[2] + w) * channels + block;                                        \
+                    for (int64_t c = 0; c < width; c++) to_row[c] = STORE_##T(best[c]);                            \
+                }                                                                                                  \
             }                                                                                                      \
         }                                                                                                          \
     }                                                                                                              \

@@ -23,7 +23,7 @@ __all__ = ["Assembly", "Filling", "Triple", "addresses", "compiled", "gate", "ma
 
 SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "vectors.c")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
-LIMIT, HIDDEN = 4096, 256  # channels, and units of a gate: as in kernels.c
+LIMIT, HIDDEN, RING = 4096, 256, 16  # channels, units of a gate, width of a pool's window: as in kernels.c
 RUN = 8  # channels in a row that are worth a loop of their own
 Triple = tuple[int, int, int]
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -150,7 +150,7 @@ def max_pool(
     sizes = [
         (n + b + a - k) // s + 1 for n, k, s, b, a in zip(x.shape[1:4], kernel, stride, before, after, strict=True)
     ]
-    function = _function("max_pool", x, x.shape[4])
+    function = _function("max_pool", x, x.shape[4]) if kernel[2] <= RING else None
     if function is None:
         pads = [amount for pair in zip(before[::-1], after[::-1], strict=True) for amount in pair]
         padded = F.pad(x.permute(0, 4, 1, 2, 3), pads, value=outside)
@@ -221,7 +221,7 @@ def compiled() -> ctypes.CDLL | None:
         }.items():
             function = getattr(library, f"{name}_{kind}")
             function.argtypes, function.restype = arguments, None
-    library.depthwise_f32.argtypes = [*(pointer,) * 5, flag, number, pointer, pointer]
+    library.depthwise_f32.argtypes = [*(pointer,) * 5, flag, number, *(pointer,) * 3]
     library.rescale_f32.argtypes = [pointer, pointer, flag, *(number,) * 4, pointer, pointer]
     library.depthwise_f32.restype = library.rescale_f32.restype = None
     return library

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import vectors
+from .kernels import pool_into
 
 __all__ = ["ACTIVATIONS", "Filter", "PackedConv", "channels_last", "from_rows", "to_rows"]
 
@@ -86,17 +87,17 @@ class PackedConv:
         overwrite: bool = False,
         means: Tensor | None = None,
     ) -> Tensor:
-        """``overwrite``: the result may take the residual's place in memory; ``means``: see `gives_means`."""
+        """``overwrite``: the result may take the residual's place in memory; ``means``: as in `gives_means`."""
         if not self._serves(x):
             return self._plain(x, residual, activation)
         if self.form is None:
             forms = self.forms()
-            self.form = forms[0] if len(forms) == 1 else self._fastest(forms, x, residual, activation)
+            self.form = forms[0] if len(forms) == 1 else self._fastest(forms, x, residual, activation, means)
         return self._run(self.form, x, residual, activation, overwrite, means)
 
-    def gives_means(self, residual: object, activation: str) -> bool:
-        """Whether a call adds the means of its result over H and W, ``(N, T_o, C_out)``, to ``means``."""
-        return self.form == "channels" and residual is None and activation in vectors.CODES
+    def gives_means(self) -> bool:
+        """Whether the means of its result over H and W, ``(N, T_o, C_out)``, come with it: they are added to ``means``."""
+        return self.form == "channels" or (self.form is None and "channels" in self.forms())
 
     def forms(self) -> list[str]:
         """Those that compute this convolution."""
@@ -123,12 +124,14 @@ class PackedConv:
         y = y if residual is None else y.add_(residual)
         return channels_last(ACTIVATIONS[activation](y))
 
-    def _fastest(self, forms: list[str], x: Tensor, residual: Tensor | None, activation: str) -> str:
+    def _fastest(
+        self, forms: list[str], x: Tensor, residual: Tensor | None, activation: str, means: Tensor | None
+    ) -> str:
         times: dict[str, list[float]] = {form: [] for form in forms}
         for _ in range(TRIALS):
             for form in forms:
                 begin = time.perf_counter()
-                self._run(form, x, residual, activation)
+                self._run(form, x, residual, activation, means=None if means is None else torch.zeros_like(means))
                 times[form].append(time.perf_counter() - begin)
         fastest = min(times, key=lambda form: min(times[form]))
         self._packed = {key: packed for key, packed in self._packed.items() if key[0] == fastest}
@@ -143,10 +146,14 @@ class PackedConv:
         overwrite: bool = False,
         means: Tensor | None = None,
     ) -> Tensor:
-        if form == "rows":
-            return self._run_rows(x, residual, activation)
         if form == "channels":
             return self._run_channels(x, residual, activation, means)
+        if means is not None:  # of another form, while they are timed
+            y = self._run(form, x, residual, activation, overwrite)
+            pool_into(means, to_rows(y))
+            return y
+        if form == "rows":
+            return self._run_rows(x, residual, activation)
         f = self.filter
         stride, padding, dilation = (_arguments(form, each) for each in (f.stride, f.padding, f.dilation))
         if form == "line":
@@ -190,7 +197,9 @@ class PackedConv:
         if residual is None and activation in vectors.CODES:
             return vectors.depthwise(x, self._packed[key], bias, f.stride, f.padding, activation, means)
         y = vectors.depthwise(x, self._packed[key], bias, f.stride, f.padding)
-        return ACTIVATIONS[activation](y if residual is None else y.add_(residual))
+        y = ACTIVATIONS[activation](y if residual is None else y.add_(residual))
+        pool_into(means, to_rows(y))
+        return y
 
     def _keep(self, key: tuple[str, torch.Size], packed: Tensor) -> None:
         while len(self._packed) >= SHAPES:

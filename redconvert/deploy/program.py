@@ -24,6 +24,7 @@ _POINTWISE_MODULES = (nn.ReLU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Identity, n
 _POINTWISE_CALLS = frozenset({F.relu, torch.relu, F.silu, F.hardswish, torch.sigmoid, "relu", "relu_", "sigmoid"})
 _PAIRWISE_CALLS = frozenset({operator.add, operator.iadd, operator.mul, torch.add, torch.mul})
 _POOLS = (nn.MaxPool3d, nn.AvgPool3d)
+_MAY_HOLD_FRAMES = (Frames, list, tuple, dict, slice)
 
 Values = dict[fx.Node, Any]
 
@@ -152,6 +153,8 @@ def on_clips(module: Unit | Pool, *args: Any, **options: Any) -> Any:
 def _apply(function: Callable[..., Any], args: Any, kwargs: Any, keeps: bool) -> Any:
     """Any other call: on the frames held where it treats each alone, else on all of them."""
     given = [*args, *kwargs.values()]
+    if not any(isinstance(each, _MAY_HOLD_FRAMES) for each in given):  # most: sizes and sums of them, tensors
+        return function(*args, **kwargs)
     clips = [each for each in given if isinstance(each, Frames)]
     if keeps and clips and _all_alike(clips) and not any(isinstance(each, Tensor) for each in given):
         args, kwargs = tree_map(lambda x: x.held if isinstance(x, Frames) else x, (args, kwargs), is_leaf=_is_frames)

@@ -121,6 +121,8 @@ class Unit(nn.Module):
 
     def forward(self, x: Value, residual: Value | None = None, overwrite: bool = False) -> Value:
         """``overwrite``: the result may take the residual's place in memory."""
+        if self.gate is None:
+            return self.run(x, residual, FULL, overwrite)
         decisions, z = self.decide(x)
         groups = group_samples(decisions)
         if len(groups) == 1:
@@ -133,7 +135,7 @@ class Unit(nn.Module):
                 return full(self.run(some[0], some[1], decision))  # type: ignore[arg-type]
 
             out = route(groups, part, whole)
-        if self.gate is not None and self.layer.observers:
+        if self.layer.observers:
             self.batch.seen.setdefault(self, []).append(
                 Seen(x.shape, out.shape, decisions, self._weights(decisions, z))
             )
@@ -212,7 +214,7 @@ class Unit(nn.Module):
         fuses = activation in ("relu", "none")
         if filling is None and fits:
             added = residual.held if isinstance(residual, Frames) and read.stride > 1 else residual
-            gives = packed.gives_means(residual, activation) if not i else fuses
+            gives = fuses if i else packed.gives_means()
             means = self._means(x.shape[0], -(-read.num_frames // read.stride)) if gives else None
             added = None if added is None else full(added)
             y = self._compute(held, read, packed, i, added, activation, overwrite, means)

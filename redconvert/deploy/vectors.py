@@ -47,7 +47,8 @@ def depthwise(
         out = x.new_empty(len(x), *sizes, x.shape[1])
         shapes, window = (ctypes.c_int64 * 7)(*rows.shape[:4], *sizes), (ctypes.c_int64 * 9)(*kernel, *stride, *padding)
         inputs = (*addresses(rows), shapes, window, *addresses(weight, bias))
-        library.depthwise_f32(*inputs, CODES[activation], x.shape[1], *addresses(out, pooled))
+        sums = None if pooled is None else out.new_empty(*out.shape[:3], out.shape[4])
+        library.depthwise_f32(*inputs, CODES[activation], x.shape[1], *addresses(out, sums, pooled))
     return out.permute(0, 4, 1, 2, 3)
 
 
