@@ -31,7 +31,7 @@ from .engine import Deployed, deploy
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Bench", "Rival", "Row", "bench"]
+__all__ = ["DECISIONS", "Bench", "Rival", "Row", "asked", "bench"]
 
 DECISIONS = {"all open": (0, 0), "channels": (1, 0), "frames": (0, 1), "channels and frames": (1, 1)}
 SLOWEST = 8  # layers that are named
@@ -250,17 +250,17 @@ def _decisions(fast: Deployed, inputs: Any) -> Iterator[tuple[str, Callable[[], 
         costs[decision], dense = found.executed_macs, found.dense_macs
     yield "dense", lambda: disabled(fast), dense
     for name, (i, j) in possible.items():
-        yield name, lambda i=i, j=j: _asked(fast, i, j), costs[i, j]  # type: ignore[misc]
+        yield name, lambda i=i, j=j: asked(fast, i, j), costs[i, j]  # type: ignore[misc]
     rows = max(tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim())
     if rows > 1:
         mixed = list(islice(cycle(possible.values()), rows))
         channel, temporal = ([decision[axis] for decision in mixed] for axis in (0, 1))
         average = sum(costs[decision] for decision in mixed) / rows
-        yield "mixed", lambda: _asked(fast, channel, temporal), average
+        yield "mixed", lambda: asked(fast, channel, temporal), average
 
 
 @contextmanager
-def _asked(fast: Deployed, channel: Any, temporal: Any) -> Iterator[None]:
+def asked(fast: Deployed, channel: Any, temporal: Any) -> Iterator[None]:
     """Forced, though every gate runs: its time belongs to the dynamic network."""
     with forced(fast, channel=channel, temporal=temporal):
         fast.batch.always_ask = True
