@@ -43,9 +43,10 @@ bench: $(VENV)/.ready-test
 	$(BIN)/python benchmarks/training_cost.py
 	$(BIN)/python benchmarks/conversion.py
 
-# make latency    time against MACs of deployed networks; stop other work meanwhile
+# make latency    time against MACs of deployed networks, and where it goes; stop other work meanwhile
 latency: $(VENV)/.ready-notebooks
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/deploy_profile.py
 
 # make coverage    converts every network of timm, torchvision and pytorchvideo (hours; goes on where it stopped)
 coverage: $(VENV)/.ready-test

@@ -6,8 +6,8 @@
 
 I3D with its Kinetics weights gets a new head and is finetuned for ``--base-epochs``: the network that a user
 would bring. Every row then goes on from it for ``--epochs`` with the same schedule: dense, or dynamic with gates on
-channels, frames or both. JSON is written after every row; a row that is in it already is not run again. Data:
-``$REDCONVERT_DATA``, or ``../shared/data``.
+channels, frames or both. JSON is written after every row; a row that is in it already is not run again. The networks
+stay in ``--work``, and jhmdb_time.py times them. Data: ``$REDCONVERT_DATA``, or ``../shared/data``.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def run(setting: Setting, name: str) -> dict[str, Any]:
             model, setting.arguments.epochs, teacher=setting.base, distill=distill, weight=weight, target=target
         )
         row |= costs(model, setting)
+        redconvert.save_pretrained(model, setting.arguments.work / name)
     row["clip_1"] = clip_1(model, setting.test).top1
     if name in setting.arguments.video:
         row["video_1"] = video_1(model, setting.test, num_clips=2, num_crops=3).top1
@@ -229,7 +230,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--video", nargs="*", default=["dense", "both 0.6"], help="rows to measure video-1 of")
-    parser.add_argument("--work", type=Path, default=Path("jhmdb-work"), help="folder for the finetuned base")
+    parser.add_argument("--work", type=Path, default=Path("jhmdb-work"), help="folder for the finetuned networks")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 

@@ -6,9 +6,10 @@
 All forms of one network, batch and dtype run in turn in one process of their own, which gets the allocator settings
 of CONTRIBUTING.md; stop other work meanwhile. Rows: PyTorch eager, channels-last, folded, compiled with freezing,
 OpenVINO, and the deployed network, dense and with channels, frames or both at half; in batches of 8 also mixed.
-Torch-Pruning's networks (of R(2+1)D and ResNet-50, batch 1) have the MACs of "channels" and of "channels and frames"
-and run compiled. Weights are random: time does not depend on them. JSON is written after every network; what is in it
-already is not run again.
+Batches of one also have rows of a network converted with ``measure=True``, of one whose skipped frames are blended
+from both neighbours instead of copied (what calibration sets), and Torch-Pruning's networks (of R(2+1)D and
+ResNet-50, as near as they come to the MACs of "channels" and of "channels and frames", compiled). Weights are random:
+time does not depend on them. JSON is written after every network; what is in it already is not run again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from common import RESULTS, environment, write
 from torch import Tensor, nn
 
 import redconvert
-from redconvert.deploy.bench import Bench, Rival, Row, bench
+from redconvert.deploy.bench import DECISIONS, Bench, Rival, Row, asked, bench
 
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "8000000000",
@@ -95,8 +96,10 @@ def measure(name: str, batch: int, dtype: str, repeats: int) -> dict[str, Any]:
     dynamic = redconvert.convert(model, config, example_inputs=one).to(kind)
     inputs = [x.to(kind) for x in inputs] if isinstance(inputs, list) else inputs.to(kind)
     rivals = _openvino(model, inputs, dtype, one)
-    if name in PRUNED and batch == 1:
-        rivals |= _pruned(dynamic, model, one, inputs, kind)
+    if batch == 1:
+        rivals |= _measured(model, config, inputs, kind) | _blended(model, config, one, inputs, kind)
+        if name in PRUNED:
+            rivals |= _pruned(dynamic, model, one, inputs, kind)
     found = bench(dynamic, inputs, repeats=repeats, rivals=rivals)
     print(found, file=sys.stderr)
     return found.to_dict()
@@ -121,6 +124,52 @@ def _openvino(model: nn.Module, inputs: Any, dtype: str, one: Any) -> dict[str, 
         return {}
     macs = redconvert.cost.dense_macs(model, one).total
     return {"OpenVINO": Rival(lambda: compiled(arrays), macs, "dense", time.perf_counter() - begin)}
+
+
+def _measured(model: nn.Module, config: redconvert.ConvertConfig, inputs: Any, kind: torch.dtype) -> dict[str, Rival]:
+    """The same decisions where only the layers are dynamic that pay on this machine, as ``measure=True`` finds."""
+    begin = time.perf_counter()
+    typed = copy.deepcopy(model).to(kind)
+    dynamic = redconvert.convert(typed, config, example_inputs=inputs, measure=True, inplace=True)
+    return _decided(dynamic, inputs, "measured plan", DECISIONS, time.perf_counter() - begin)
+
+
+def _blended(
+    model: nn.Module, config: redconvert.ConvertConfig, one: Any, inputs: Any, kind: torch.dtype
+) -> dict[str, Rival]:
+    """Skipped frames blended from both neighbours, as calibration sets them: they are no copies, and cost a pass."""
+    if not _is_video(inputs):
+        return {}
+    begin = time.perf_counter()
+    dynamic = redconvert.convert(model, config, example_inputs=one).to(kind)
+    for layer in redconvert.layers.dynamic_layers(dynamic).values():
+        for weight in layer.cheap_t.weights:
+            nn.init.constant_(weight, 0.5)
+    wanted = {name: decision for name, decision in DECISIONS.items() if decision[1]}
+    return _decided(dynamic, inputs, "blended", wanted, time.perf_counter() - begin)
+
+
+def _decided(
+    dynamic: nn.Module, inputs: Any, label: str, decisions: dict[str, tuple[int, int]], seconds: float
+) -> dict[str, Rival]:
+    """Rows of another dynamic network, deployed: each decision for all layers, gates asked."""
+    begin = time.perf_counter()
+    fast = redconvert.deploy(dynamic, inputs)
+    seconds += time.perf_counter() - begin
+    found = {}
+    for name, decision in decisions.items():
+        try:
+            with redconvert.forced(dynamic, channel=decision[0], temporal=decision[1]):
+                macs = redconvert.report(dynamic, [inputs], time=False).executed_macs
+        except redconvert.RedconvertError:  # an axis that no layer has
+            continue
+
+        def call(decision: tuple[int, int] = decision) -> Any:
+            with asked(fast, *decision):
+                return fast(inputs)
+
+        found[f"{label}, {name}"] = Rival(call, macs, "dynamic", seconds)
+    return found
 
 
 def _pruned(dynamic: nn.Module, model: nn.Module, one: Any, inputs: Any, kind: torch.dtype) -> dict[str, Rival]:
@@ -159,25 +208,26 @@ def _pruned(dynamic: nn.Module, model: nn.Module, one: Any, inputs: Any, kind: t
 
 
 def _prune(torch_pruning: Any, model: nn.Module, one: Any, share: float) -> nn.Module:
+    """The pruned network whose MACs come nearest to this share of the dense ones."""
     dense = redconvert.cost.dense_macs(model, one).total
-    low, high, best = 0.0, 0.9, None
-    for _ in range(6):
+    low, high = 0.0, 0.9
+    best: tuple[float, nn.Module] | None = None
+    for _ in range(7):
         ratio = (low + high) / 2
         pruned = copy.deepcopy(model)
         ignored = [module for module in pruned.modules() if isinstance(module, nn.Linear)][-1:]
         importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
         pruner = torch_pruning.pruner.BasePruner(
-            pruned, one, importance, pruning_ratio=ratio, round_to=16, ignored_layers=ignored
+            pruned, one, importance, pruning_ratio=ratio, round_to=8, ignored_layers=ignored
         )
         pruner.step()
         macs = redconvert.cost.dense_macs(pruned, one).total
-        if macs > share * dense:
-            low = ratio
-        else:
-            high, best = ratio, pruned
-    if best is None:
-        raise ValueError(f"cannot reach {share:.0%} of the MACs")
-    return best.eval()
+        low, high = (ratio, high) if macs > share * dense else (low, ratio)
+        distance = abs(macs / dense - share)
+        if best is None or distance < best[0]:
+            best = distance, pruned
+    assert best is not None
+    return best[1].eval()
 
 
 def _is_video(inputs: Any) -> bool:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .config import LayerConfig
 from .convert import ConvFacts, convert_layer, revert
-from .convert.plan import check_model, obstacle
+from .convert.judge import obstacle
+from .convert.plan import check_model
 from .convert.rewrite import copied
 from .errors import RedconvertError
 from .files import write_bytes_atomic, write_text_atomic

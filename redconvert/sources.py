@@ -167,10 +167,11 @@ def _factory(module_path: str, attribute: str) -> nn.Module:
 # -- guesses -------------------------------------------------------------------------------------------
 
 
-def guess_inputs(model: nn.Module, config: ConvertConfig) -> tuple[Any, Plan]:
+def guess_inputs(model: nn.Module, config: ConvertConfig, **options: Any) -> tuple[Any, Plan]:
     """The first input shape that the network runs on, as tensors, and the plan it gives.
 
-    Networks of the zoo name the shape that they were made for; the others are tried with the usual ones.
+    Networks of the zoo name the shape that they were made for; the others are tried with the usual ones. ``options``:
+    of `redconvert.plan`.
 
     Raises:
         RedconvertError: it runs on none of them.
@@ -181,7 +182,7 @@ def guess_inputs(model: nn.Module, config: ConvertConfig) -> tuple[Any, Plan]:
     for shape in own + (VIDEO_INPUTS if video else IMAGE_INPUTS):
         inputs = tensors_of(shape)
         try:
-            return inputs, make_plan(model, config, example_inputs=inputs)
+            return inputs, make_plan(model, config, example_inputs=inputs, **options)
         except RedconvertError as error:
             if "does not run on example_inputs" not in str(error):
                 raise

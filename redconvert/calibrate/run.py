@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..answers import in_backward
-from ..convert import trace
+from ..convert.trace import trace
 from ..errors import RedconvertError
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in, unwrapped
 from ..layers import Decision, DynamicConv, dynamic_layers, forced, observed

@@ -14,7 +14,7 @@ from ..errors import RedconvertError
 from ..files import write_text_atomic
 from .app import app, console
 from .opening import inputs_and_plan, open_network
-from .options import AsJson, ConfigFile, Input, Model, NumFrames, Rules, SearchSpace, Trust, read_config
+from .options import AsJson, ConfigFile, Input, Measure, Model, NumFrames, Rules, SearchSpace, Trust, read_config
 
 __all__ = ["bench"]
 
@@ -27,6 +27,7 @@ def bench(
     inputs: Input = None,
     as_json: AsJson = False,
     repeats: Annotated[int, typer.Option(help="Timed runs of each form, in turn with all others.", min=1)] = 5,
+    measured: Measure = False,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile too.")] = True,
     align: Annotated[int | None, typer.Option(help="Round channel counts up to a multiple of this.", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -49,7 +50,7 @@ def bench(
     settings = settings if align is None else replace(settings, align=align)
     network = open_network(model, trust).eval()
     example, _ = inputs_and_plan(network, settings, inputs, as_json)
-    dynamic = convert(network, settings, example_inputs=example).to(TYPES[dtype])
+    dynamic = convert(network, settings, example_inputs=example, measure=measured).to(TYPES[dtype])
     cast = tree_map(lambda x: x.to(TYPES[dtype]) if torch.is_floating_point(x) else x, example)
     found = measure(dynamic, cast, repeats=repeats, compiled=compiled, progress=not as_json)
     if out is not None:

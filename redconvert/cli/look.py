@@ -12,7 +12,7 @@ from ..config import ConvertConfig
 from ..convert import Plan, convert
 from .app import app, console
 from .opening import inputs_and_plan, open_network
-from .options import AsJson, ConfigFile, Input, Model, NumFrames, Rules, SearchSpace, Trust, read_config
+from .options import AsJson, ConfigFile, Input, Measure, Model, NumFrames, Rules, SearchSpace, Trust, read_config
 from .progress import spinner, tracked
 from .tables import plan_table, print_facts, print_verdicts, show_saved, show_tensors
 
@@ -63,6 +63,7 @@ def inspect(
 def plan(
     model: Model,
     inputs: Input = None,
+    measure: Measure = False,
     as_json: AsJson = False,
     trust: Trust = False,
     rule: Rules = None,
@@ -72,7 +73,7 @@ def plan(
 ) -> None:
     """A dry run of convert: the verdict and the reason for each convolution."""
     settings = read_config(config, rule, search_space, num_frames, model)
-    _, made = inputs_and_plan(open_network(model, trust), settings, inputs, as_json)
+    _, made = inputs_and_plan(open_network(model, trust), settings, inputs, as_json, measure)
     if as_json:
         print(made.to_json())
     else:

@@ -25,13 +25,16 @@ def open_network(model: str, trust: bool) -> nn.Module:
     return network
 
 
-def inputs_and_plan(network: Any, settings: ConvertConfig, inputs: list[str] | None, quiet: bool) -> tuple[Any, Plan]:
+def inputs_and_plan(
+    network: Any, settings: ConvertConfig, inputs: list[str] | None, quiet: bool, measure: bool = False
+) -> tuple[Any, Plan]:
     """Example inputs, given or guessed, and the plan they give."""
     from ..sources import guess_inputs, tensors_of
 
     shapes = tuple(read_shape(text) for text in inputs or ())
-    with spinner("Reading the network", quiet):
+    options = {"measure": measure, "progress": measure and not quiet}
+    with spinner("Reading the network", quiet or measure):  # one thing moves at a time
         if not shapes:
-            return guess_inputs(network, settings)
+            return guess_inputs(network, settings, **options)
         example = tensors_of(shapes[0] if len(shapes) == 1 else shapes)
-        return example, make_plan(network, settings, example_inputs=example)
+        return example, make_plan(network, settings, example_inputs=example, **options)

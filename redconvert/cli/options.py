@@ -15,6 +15,7 @@ __all__ = [
     "AsJson",
     "ConfigFile",
     "Input",
+    "Measure",
     "Model",
     "NumFrames",
     "Rules",
@@ -34,6 +35,10 @@ Input = Annotated[
     typer.Option("--input", help="Input shape such as 1,3,16,112,112; repeat it for a network that takes a list."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Measure = Annotated[
+    bool,
+    typer.Option("--measure", help="Time each layer here; leave dense what would not gain.", show_default=False),
+]
 Trust = Annotated[bool, typer.Option("--trust", help="Load pickled modules, which can run any code.")]
 Rules = Annotated[
     list[str] | None,

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from ..calibrate import Calibration
-from ..convert import Plan
+from ..convert import CandidateTimes, Plan
 from .app import console
 
 __all__ = ["calibration_table", "plan_table", "print_facts", "print_verdicts", "show_saved", "show_tensors"]
@@ -42,12 +42,13 @@ def print_verdicts(plan: Plan) -> None:
 def plan_table(plan: Plan, title: str) -> Table:
     from ..cost.render import format_count
 
+    measured = any(verdict.times is not None for verdict in plan.verdicts)
     table = Table(title=title, title_justify="left", header_style="bold")
     for header in ("layer", "convolution", "output"):
         table.add_column(header, overflow="fold")
     for header in ("MACs", "lowest"):
         table.add_column(header, justify="right", no_wrap=True)
-    for header in ("channels", "frames", "verdict"):
+    for header in ("channels", "frames", *(("time", "saved") if measured else ()), "verdict"):
         table.add_column(header, overflow="fold")
     for verdict in plan.verdicts:
         shape = verdict.facts.output_shape
@@ -61,12 +62,21 @@ def plan_table(plan: Plan, title: str) -> Table:
             "/".join(f"1:{stride}" if stride > 1 else "all" for stride in verdict.strides)
             if len(verdict.strides) > 1
             else "",
+            *(_time_and_savings(verdict.times) if measured else ()),
             (f"converted; {verdict.reason}" if verdict.reason else "converted")
             if verdict.converted
             else f"skipped: {verdict.reason}",
             style=None if verdict.converted else "dim",
         )
     return table
+
+
+def _time_and_savings(times: CandidateTimes | None) -> tuple[str, str]:
+    """Milliseconds dense, and what the fastest candidate of each axis saves of them."""
+    if times is None:
+        return "", ""
+    savings = [times.saving(axis) for axis in ("channel", "temporal")]
+    return f"{times.dense_ms:.2f} ms", " / ".join(f"{saving:.0%}" for saving in savings if saving is not None)
 
 
 def calibration_table(calibration: Calibration, title: str) -> Table:

@@ -4,63 +4,26 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import math
 import re
 import warnings
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 
 from ..config import ConvertConfig, LayerConfig, Pattern
 from ..errors import RedconvertError
 from ..inputs import tensors_in
-from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d
-from ..layers.conv import ADDED_ATTRIBUTES
-from ..layers.macs import LayerMacs, layer_macs
-from ..layers.recipes import recipe_of
-from .trace import ConvFacts, Trace, trace
+from ..layers import DynamicConv
+from .judge import Verdict, judge, reconsider
+from .trace import Trace, trace
 
-__all__ = ["Plan", "Verdict", "check_model", "make_plan", "matches", "obstacle"]
-
-# Shapes that stand in where no example says how large a layer's input is: they only decide min_saving.
-NOMINAL_FRAMES, NOMINAL_SIZE = 8, 28
+__all__ = ["Plan", "check_model", "make_plan", "matches"]
 
 _OTHER_CONVS = (nn.Conv1d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What conversion does with one convolution.
-
-    Attributes:
-        name: where ``named_modules`` finds it first; ``aliases``: its other names, if it is shared.
-        kind: for example ``"Conv3d 3x3x3"``.
-        converted: whether it becomes dynamic.
-        reason: why not, or what to know.
-        config: how it decides; None where it is skipped.
-        facts: what tracing learnt.
-        channels, strides: its candidates.
-        num_frames: frames folded into its batch.
-        dense_macs, lowest_macs: per sample and forward pass, gate and cheap operations counted in the
-            lowest; None where no example says at which shapes it runs.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    kind: str
-    converted: bool
-    reason: str
-    config: LayerConfig | None
-    facts: ConvFacts
-    channels: tuple[int, ...] = ()
-    strides: tuple[int, ...] = ()
-    num_frames: int | None = None
-    dense_macs: int | None = None
-    lowest_macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +85,14 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(model: nn.Module, config: ConvertConfig | None = None, *, example_inputs: Any = None) -> Plan:
+def make_plan(
+    model: nn.Module,
+    config: ConvertConfig | None = None,
+    *,
+    example_inputs: Any = None,
+    measure: bool = False,
+    progress: bool = False,
+) -> Plan:
     """A dry run of `redconvert.convert`: a verdict and a reason for each convolution; nothing is changed.
 
     Args:
@@ -130,6 +100,10 @@ def make_plan(model: nn.Module, config: ConvertConfig | None = None, *, example_
         config: what to convert and how; the defaults of `ConvertConfig` where None.
         example_inputs: a tuple of positional arguments, a dict of keyword arguments, or the one argument.
             With them the plan knows shapes, MACs and which layers run; the values do not matter.
+        measure: time each layer's candidates on this device, as `redconvert.deploy` would run them, and leave
+            dense what does not save ``min_saving`` of its time, whatever it saves of the MACs. Takes about as
+            long as fifty runs of the network; layers that a rule names stay as the rule wants them.
+        progress: show a bar while measuring (needs rich).
 
     Raises:
         RedconvertError: a model that cannot be converted as it is (wrapped in DDP, compiled, scripted,
@@ -137,6 +111,8 @@ def make_plan(model: nn.Module, config: ConvertConfig | None = None, *, example_
             rule that matches nothing.
     """
     config = config or ConvertConfig()
+    if measure and example_inputs is None:
+        raise RedconvertError("measure=True times layers on the shapes that they get: give example_inputs")
     if not isinstance(config, ConvertConfig):
         raise RedconvertError(f"config must be a ConvertConfig, not {type(config).__name__}")
     check_model(model)
@@ -152,10 +128,33 @@ def make_plan(model: nn.Module, config: ConvertConfig | None = None, *, example_
     if example_inputs is not None:
         _check_clip(config, traced, example_inputs)
     verdicts = tuple(
-        _judge(name, module, names, config, rules[name], traced[name]) for name, (module, names) in layers.items()
+        judge(name, module, names, config, rules[name], traced[name]) for name, (module, names) in layers.items()
     )
     _check_finite(verdicts, layers)
+    if measure:
+        verdicts = _measured(verdicts, layers, config, rules, progress)
     return Plan(type(model).__name__, traced.source, verdicts, tuple(traced.functional), traced.problem)
+
+
+def _measured(
+    verdicts: tuple[Verdict, ...],
+    layers: dict[str, tuple[Any, tuple[str, ...]]],
+    config: ConvertConfig,
+    rules: Mapping[str, Any],
+    progress: bool,
+) -> tuple[Verdict, ...]:
+    from ..deploy.measure import time_candidates  # upwards: only what deploy runs tells what a layer will take
+
+    chosen = [verdict for verdict in verdicts if verdict.converted and verdict.facts.input_shape is not None]
+    times = time_candidates({verdict.name: (layers[verdict.name][0], verdict) for verdict in chosen}, progress)
+    return tuple(
+        reconsider(
+            verdict, layers[verdict.name][0], times[verdict.name], config.min_saving, rules[verdict.name] is not None
+        )
+        if verdict.name in times
+        else verdict
+        for verdict in verdicts
+    )
 
 
 # -- checks of the whole -------------------------------------------------------------------------------
@@ -249,128 +248,3 @@ def _check_finite(verdicts: tuple[Verdict, ...], layers: dict[str, tuple[nn.Modu
                     f"{kind} of layer '{verdict.name}' holds NaN or infinite values: "
                     f"load sound weights before converting"
                 )
-
-
-# -- one layer -----------------------------------------------------------------------------------------
-
-
-def _judge(
-    name: str,
-    module: nn.Module,
-    aliases: tuple[str, ...],
-    config: ConvertConfig,
-    rule: tuple[int, LayerConfig | None] | None,
-    facts: ConvFacts,
-) -> Verdict:
-    size = "x".join(map(str, module.kernel_size))  # type: ignore[arg-type]
-    verdict = Verdict(name, aliases, f"{type(module).__name__} {size}", False, "", None, facts)
-    if not isinstance(module, nn.Conv2d | nn.Conv3d):
-        return replace(verdict, reason="transposed or 1D: not a convolution over frames or images that can be reduced")
-    dense = _dense_macs(module, facts, config)
-    verdict = replace(verdict, dense_macs=dense)
-    reason = obstacle(module, facts)
-    if reason:
-        return replace(verdict, reason=reason)
-    if rule is not None and rule[1] is None:
-        return replace(verdict, reason=f"excluded by rule {rule[0]}")
-    chosen = rule[1] if rule is not None and rule[1] is not None else config.default
-    num_frames = config.num_frames if isinstance(module, nn.Conv2d) else None
-    if num_frames is not None and facts.input_shape is not None and facts.input_shape[0] % num_frames:
-        raise RedconvertError(
-            f"layer '{name}' gets a batch of {facts.input_shape[0]}, no multiple of num_frames={num_frames}: pass "
-            f"whole clips in example_inputs, or exclude the layer with a rule"
-        )
-    note = ""
-    frames = _output_frames(module, facts, num_frames)
-    if chosen.temporal and frames == 1:
-        if not chosen.channel:
-            return replace(verdict, reason="one output frame: nothing to skip in time")
-        chosen, note = replace(chosen, temporal=False), "channels only: one output frame"
-    if not chosen.channel and frames is None and isinstance(module, nn.Conv2d):
-        return replace(verdict, reason="no time axis: give num_frames, or channel=True")
-    candidates = DynamicConv.plan_candidates(module, chosen, num_frames)
-    if candidates.is_static:
-        return replace(verdict, reason="one output channel" if module.out_channels == 1 else "nothing to choose from")
-    macs = _probe(module, chosen, num_frames, facts)
-    explicit = rule is not None
-    saving = 1 - macs.lowest / macs.dense
-    if not explicit and facts.is_output:
-        return replace(verdict, reason="the output layer (a rule can include it)")
-    if not explicit and saving < config.min_saving:
-        what = "depthwise with nothing to save" if module.groups == module.in_channels > 1 else "too small to pay"
-        return replace(
-            verdict, reason=f"{what}: its lowest candidate saves {saving:.0%}, min_saving is {config.min_saving:.0%}"
-        )
-    return replace(
-        verdict,
-        converted=True,
-        reason=note,
-        config=chosen,
-        channels=candidates.channels,
-        strides=candidates.strides,
-        num_frames=num_frames,
-        lowest_macs=None if dense is None else macs.lowest * (facts.calls or 1),
-    )
-
-
-def obstacle(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts) -> str | None:
-    """Why this convolution cannot become dynamic whatever the rules say."""
-    base = nn.Conv3d if isinstance(module, nn.Conv3d) else nn.Conv2d
-    if parametrize.is_parametrized(module):
-        return f"parametrised ({', '.join(module.parametrizations)}): its weight is computed, not stored"  # type: ignore[arg-type]
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed by a hook (weight_norm, spectral_norm, pruning), not stored"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if recipe_of(type(module)) is None:
-        return f"own forward: {type(module).__name__} is more than a {base.__name__} (redconvert.register teaches it)"
-    taken = [name for name in ADDED_ATTRIBUTES if hasattr(module, name)]
-    if taken:
-        return f"{type(module).__name__} has a '{taken[0]}' of its own, a name that conversion needs"
-    if facts.calls == 0:
-        return "unused: the forward pass never calls it (in eval mode)"
-    return None
-
-
-def _output_frames(module: nn.Module, facts: ConvFacts, num_frames: int | None) -> int | None:
-    """Output frames per sample; None where unknown, or where there is no time axis."""
-    if isinstance(module, nn.Conv2d):
-        return num_frames
-    return None if facts.output_shape is None else facts.output_shape[-3]
-
-
-def _dense_macs(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts, config: ConvertConfig) -> int | None:
-    """Per sample and forward pass; a sample is a clip where frames are folded into the batch."""
-    if facts.output_shape is None:
-        return 0 if facts.calls == 0 else None
-    positions = math.prod(facts.output_shape[-len(module.kernel_size) :])
-    per_sample = (config.num_frames or 1) if isinstance(module, nn.Conv2d) else 1
-    per_output = module.in_channels // module.groups * math.prod(module.kernel_size)
-    return module.out_channels * positions * per_output * per_sample * (facts.calls or 1)
-
-
-def _probe(module: nn.Conv2d | nn.Conv3d, config: LayerConfig, num_frames: int | None, facts: ConvFacts) -> LayerMacs:
-    """MACs of the dynamic layer that this convolution would become, from a copy without numbers."""
-    three_d = isinstance(module, nn.Conv3d)
-    shape_in, shape_out = facts.input_shape, facts.output_shape
-    if shape_in is None or shape_out is None:
-        batch = (num_frames or 1,) if not three_d else (1,)
-        size = (NOMINAL_FRAMES, NOMINAL_SIZE, NOMINAL_SIZE) if three_d else (NOMINAL_SIZE, NOMINAL_SIZE)
-        out = [max(1, axis // stride) for axis, stride in zip(size, module.stride, strict=True)]
-        shape_in, shape_out = (*batch, module.in_channels, *size), (*batch, module.out_channels, *out)
-    arguments: dict[str, Any] = {
-        "kernel_size": module.kernel_size,
-        "stride": module.stride,
-        "groups": module.groups,
-        "bias": module.bias is not None,
-        "device": "meta",
-    }
-    if three_d:
-        probe: DynamicConv = DynamicConv3d(
-            module.in_channels, module.out_channels, **arguments, config=config, gate_frames=shape_in[-3]
-        )
-    else:
-        probe = DynamicConv2d(
-            module.in_channels, module.out_channels, **arguments, config=config, num_frames=num_frames
-        )
-    return layer_macs(probe, shape_in, shape_out)

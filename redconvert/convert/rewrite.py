@@ -18,7 +18,14 @@ __all__ = ["convert", "convert_layer", "restore_layer", "revert"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def convert(model: M, config: ConvertConfig | None = None, *, example_inputs: Any = None, inplace: bool = False) -> M:
+def convert(
+    model: M,
+    config: ConvertConfig | None = None,
+    *,
+    example_inputs: Any = None,
+    measure: bool = False,
+    inplace: bool = False,
+) -> M:
     """Make the convolutions of a network dynamic; its outputs stay equal to the bit.
 
     The result is of the model's own class, with its methods, hooks, train flags and ``state_dict`` keys.
@@ -30,12 +37,13 @@ def convert(model: M, config: ConvertConfig | None = None, *, example_inputs: An
         config: what to convert and how.
         example_inputs: what the model takes (see `redconvert.plan`); values do not matter. With them gates
             fit the clip length, unused layers are left out, and the plan knows MACs.
+        measure: time each layer on this device, and leave dense what would not gain (see `redconvert.plan`).
         inplace: change ``model`` itself instead of a copy.
 
     Raises:
         RedconvertError: nothing to convert, or what `redconvert.plan` refuses.
     """
-    plan = make_plan(model, config, example_inputs=example_inputs)
+    plan = make_plan(model, config, example_inputs=example_inputs, measure=measure)
     if not plan.converted:
         reasons = sorted({verdict.reason for verdict in plan.skipped})
         why = (

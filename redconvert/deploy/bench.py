@@ -31,7 +31,7 @@ from .engine import Deployed, deploy
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Bench", "Rival", "Row", "bench"]
+__all__ = ["DECISIONS", "Bench", "Rival", "Row", "asked", "bench", "decisions"]
 
 DECISIONS = {"all open": (0, 0), "channels": (1, 0), "frames": (0, 1), "channels and frames": (1, 1)}
 SLOWEST = 8  # layers that are named
@@ -178,7 +178,7 @@ def bench(
         fast = deploy(dynamic, example_inputs)
         deploying = time.perf_counter() - begin
         within: dict[str, Call] = {}
-        for name, mode, executed in _decisions(fast, example_inputs):
+        for name, mode, executed in decisions(fast, example_inputs):
             label = f"deployed, {name}"
             calls[label], within[label], macs[label] = (lambda: call_with(fast, example_inputs)), mode, executed
             kinds[label] = "dense" if name == "dense" else "dynamic"
@@ -237,7 +237,7 @@ def _compiled(network: nn.Module) -> Any:
     return torch.compile(network)
 
 
-def _decisions(fast: Deployed, inputs: Any) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]], float]]:
+def decisions(fast: Deployed, inputs: Any) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]], float]]:
     """Names, modes and executed MACs per sample, of those that the network's candidates allow."""
     candidates = [layer.candidates for layer in dynamic_layers(fast).values()]
     axes = max(len(each.channels) for each in candidates) > 1, max(len(each.strides) for each in candidates) > 1
@@ -250,17 +250,17 @@ def _decisions(fast: Deployed, inputs: Any) -> Iterator[tuple[str, Callable[[], 
         costs[decision], dense = found.executed_macs, found.dense_macs
     yield "dense", lambda: disabled(fast), dense
     for name, (i, j) in possible.items():
-        yield name, lambda i=i, j=j: _asked(fast, i, j), costs[i, j]  # type: ignore[misc]
+        yield name, lambda i=i, j=j: asked(fast, i, j), costs[i, j]  # type: ignore[misc]
     rows = max(tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim())
     if rows > 1:
         mixed = list(islice(cycle(possible.values()), rows))
         channel, temporal = ([decision[axis] for decision in mixed] for axis in (0, 1))
         average = sum(costs[decision] for decision in mixed) / rows
-        yield "mixed", lambda: _asked(fast, channel, temporal), average
+        yield "mixed", lambda: asked(fast, channel, temporal), average
 
 
 @contextmanager
-def _asked(fast: Deployed, channel: Any, temporal: Any) -> Iterator[None]:
+def asked(fast: Deployed, channel: Any, temporal: Any) -> Iterator[None]:
     """Forced, though every gate runs: its time belongs to the dynamic network."""
     with forced(fast, channel=channel, temporal=temporal):
         fast.batch.always_ask = True

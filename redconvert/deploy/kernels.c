@@ -68,7 +68,8 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
     const int64_t parts = (FRAMES) < 8 ? 8 : 1;                                                                    \
     _Pragma("omp parallel for schedule(static)") for (int64_t job = 0; job < (FRAMES) * parts; job++) {            \
         const int64_t frame = job / parts, part = job % parts;                                                     \
-        const int64_t first = (POSITIONS) * part / parts, last = (POSITIONS) * (part + 1) / parts;
+        const int64_t first = (POSITIONS) * part / parts, last = (POSITIONS) * (part + 1) / parts;                 \
+        if (first == last) continue;
 
 /* The row before: reading back what was stored just now would wait for the stores. */
 #define ADD_TO_SUM(T, ROW)                                                                                         \

@@ -170,9 +170,10 @@ def gate(
     ``pooled (N, T, C)``: mean(x), where it is known. Returns ``(N, outs)``.
     """
     (w1, b1), (w2, b2) = first, second
-    function = _function("gate", x, x.shape[4]) if len(b1) <= HIDDEN and pooled is None else None
+    x = x if pooled is None else pooled[:, :, None, None].to(w1.dtype)
+    function = _function("gate", x, x.shape[4]) if len(b1) <= HIDDEN else None
     if function is None:
-        pooled = x.flatten(2, 3).mean(2) if pooled is None else pooled
+        pooled = x.flatten(2, 3).mean(2)
         return torch.addmm(b2, torch.addmm(b1, pooled.flatten(1).to(w1.dtype), w1).tanh_(), w2)
     z = b2.new_empty(len(x), len(b2))
     N, T, H, W, C = x.shape
