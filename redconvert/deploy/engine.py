@@ -23,6 +23,7 @@ from ..layers import Decision, DynamicConv, GateWeights, Observation, dynamic_la
 from .frames import full
 from .fuse import filter_of, fuse
 from .pack import FORM_NAMES
+from .pathways import count_pathways, spread
 from .program import Program, on_clips
 from .unit import Batch, Seen, Unit
 
@@ -48,7 +49,13 @@ class Deployed(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, forms: Forms | None = None, *, trace: bool = True, problem: str | None = None
+        self,
+        network: nn.Module,
+        forms: Forms | None = None,
+        *,
+        trace: bool = True,
+        problem: str | None = None,
+        pathways: int = 0,
     ) -> None:
         super().__init__()
         self.network = network
@@ -58,11 +65,13 @@ class Deployed(nn.Module):
         self._program: Any
         units: Mapping[str, nn.Module]
         with evaluating(network):
-            graph = self._trace() if trace else None
+            root = spread(network, pathways)
+            graph = self._trace(root) if trace else None
+            self._pathways = pathways if graph is not None else 0
             if graph is not None:
-                modules = dict(network.named_modules(remove_duplicate=False))
+                modules = dict(root.named_modules(remove_duplicate=False))
                 units = fuse(graph, modules, self.batch, forms or {})
-                self._program = Program(graph, network, {**modules, **units})
+                self._program = Program(graph, root, {**modules, **units})
             else:
                 self._program, units = _in_layers(network, self.batch, forms or {})
             self.source = "fx" if graph is not None else "layers"
@@ -73,9 +82,9 @@ class Deployed(nn.Module):
         self.one_by_one = clips and self._like.device.type == "cpu"
         super().train(False)
 
-    def _trace(self) -> fx.Graph | None:
+    def _trace(self, root: nn.Module) -> fx.Graph | None:
         try:
-            return symbolic(self.network)
+            return symbolic(root)
         except Exception as error:
             self.problem = f"{type(error).__name__}: {error}".split("\n")[0]
             return None
@@ -143,9 +152,17 @@ class Deployed(nn.Module):
             self.batch.first = sample
             part = slice(sample * frames, (sample + 1) * frames) if total > 1 else slice(None)
             one = tree_map(lambda leaf, part=part: _cut(leaf, part), (args, kwargs))
-            outputs.append(self._program(*one[0], **one[1]))
+            outputs.append(self._program(*self._spread(one[0]), **one[1]))
         self._tell(total)
         return outputs[0] if total == 1 else _joined(outputs)
+
+    def _spread(self, args: tuple[Any, ...]) -> Any:
+        """The arguments of the program: the tensors of a list, where it was read for so many."""
+        if not self._pathways:
+            return args
+        if len(args) != 1 or not isinstance(args[0], list) or len(args[0]) != self._pathways:
+            raise RedconvertError(f"this network was deployed for a list of {self._pathways} tensors: give it that")
+        return args[0]
 
     def _folded_frames(self, x: Tensor) -> int:
         """Rows per sample where the batch of a 2D network holds ``N * T`` frames."""
@@ -211,7 +228,7 @@ def deploy(
         raise RedconvertError("this network is deployed already: deploy its .network again after a change")
     dynamic_layers(dynamic)
     forms = _read_forms(forms) if isinstance(forms, str | os.PathLike) else forms
-    fast = Deployed(dynamic, forms)
+    fast = Deployed(dynamic, forms, pathways=count_pathways(example_inputs))
     constant = _constant_decisions(dynamic, bake) if bake is not None else {}
     fast.bake(constant)
     if example_inputs is None:

@@ -96,7 +96,7 @@ class PackedConv:
         return self._run(self.form, x, residual, activation, overwrite, means)
 
     def gives_means(self) -> bool:
-        """Whether the means of its result over H and W, ``(N, T_o, C_out)``, come with it: they are added to ``means``."""
+        """Whether it adds the means of its result over H and W, ``(N, T_o, C_out)``, to ``means``."""
         return self.form == "channels" or (self.form is None and "channels" in self.forms())
 
     def forms(self) -> list[str]:
@@ -222,6 +222,10 @@ class PackedConv:
 
 def channels_last(x: Tensor) -> Tensor:
     """``x (N, C, ...)`` in channels-last memory, also where sizes of 1 leave the layout open."""
+    if x.dim() == 5:  # most are, and looking is faster than asking PyTorch
+        _, C, T, H, W = x.shape
+        if x.stride() == (C * T * H * W, 1, C * H * W, C * W, C):
+            return x
     order = (0, *range(2, x.dim()), 1)
     return x.permute(order).contiguous().permute(0, x.dim() - 1, *range(1, x.dim() - 1))
 

@@ -51,7 +51,8 @@ static inline vec act(vec x, int activation) {
     if (activation == RELU) return pick(x < zero, zero, x);
     if (activation == NONE) return x;
     vec y = -x;
-    y = pick(y > 88.f, zero + 88.f, y);
+    x = pick(y > 88.f, zero, x); /* too small for a float */
+    y = pick(y > 88.f, zero, y);
     y = pick(y < -87.f, zero - 87.f, y);
     return x * inverse(1.f + exponential(y));
 }

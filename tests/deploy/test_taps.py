@@ -62,6 +62,7 @@ def test_forms_agree():
         wanted = F.conv3d(x, weight, bias, stride, padding)
         residual = channels_last(torch.randn_like(wanted))
         packed = PackedConv(Filter(weight, bias, stride, padding, (1, 1, 1)))
+        assert ("rows" in packed.forms()) == (kernel == (1, 1, 1))
         for form in packed.forms():
             packed.form = form
             assert torch.allclose(packed(x), wanted, atol=1e-4)
