@@ -89,7 +89,9 @@ class PackedConv:
     ) -> Tensor:
         """``overwrite``: the result may take the residual's place in memory; ``means``: as in `gives_means`."""
         if not self._serves(x):
-            return self._plain(x, residual, activation)
+            y = self._plain(x, residual, activation)
+            pool_into(means, to_rows(y))
+            return y
         if self.form is None:
             forms = self.forms()
             self.form = forms[0] if len(forms) == 1 else self._fastest(forms, x, residual, activation, means)

@@ -136,9 +136,10 @@ def test_squeeze_and_excitation():
                 with redconvert.forced(dynamic, channel=channel, temporal=temporal), torch.no_grad():
                     assert error(fast(clips), dynamic(clips)) < 2e-5, (form, channel, temporal)
     undecided_gates(dynamic)
-    fast = redconvert.deploy(dynamic, clips)
-    with torch.no_grad():
-        assert error(fast(clips), dynamic(clips)) < 2e-5
+    for enabled in (True, False):  # oneDNN
+        with torch.backends.mkldnn.flags(enabled=enabled), torch.no_grad():
+            fast = redconvert.deploy(dynamic, clips)
+            assert fast.source == "fx" and error(fast(clips), dynamic(clips)) < 2e-5
 
 
 class Scaling(nn.Module):
