@@ -70,12 +70,12 @@ def export_onnx(
 
 
 def _check_decisions(network: nn.Module) -> None:
-    """Refuse a dynamic network whose decisions are held: the file would compute everything for one of them."""
+    """Refuse a dynamic network whose decisions are held for a while: the file would hold them for ever."""
     for name, layer in _dynamic(network).items():
         if layer.enabled and any(index is not None for index in layer.forced):
             raise RedconvertError(
-                f"layer '{name}' is inside redconvert.forced(), and the file would still compute every candidate: "
-                f"export redconvert.freeze(network, (channel, temporal)), which computes that one alone"
+                f"layer '{name}' is inside redconvert.forced(), which ends with its block, and a file has none: export "
+                f"redconvert.freeze(network, (channel, temporal)), which computes that candidate alone"
             )
 
 

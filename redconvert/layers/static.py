@@ -37,15 +37,17 @@ def run_static(layer: DynamicConv, x: Tensor) -> Tensor:
     channel, temporal = _choices(layer, x)
     i, j = (choice if isinstance(choice, int) else 0 for choice in (channel, temporal))
     y = layer._convolve(x, i, j) if i or j else layer.dense_class.forward(layer, x)
+    num_frames = layer._output_frames(x)
+    computed = layer.candidates.frames(j, num_frames)
     if isinstance(channel, Tensor):
-        rows = channel if layer.frames_per_sample == 1 else channel.repeat_interleave(layer.frames_per_sample, dim=0)
+        folded = layer.frames_per_sample > 1  # then a sample has a row per frame
+        rows = channel.repeat_interleave(computed, dim=0) if folded else channel
         y = _largest(rows, _channel_candidates(layer, y))
     elif i:
         y = layer.cheap_c.single(y, i)  # type: ignore[union-attr]
     if isinstance(temporal, int) and not j:
         return y
-    num_frames = layer._output_frames(x)
-    z = layer.as_clips(y, layer.candidates.frames(j, num_frames))
+    z = layer.as_clips(y, computed)
     if isinstance(temporal, Tensor):
         z = _largest(temporal, _frame_candidates(layer, z))
     else:
