@@ -261,6 +261,7 @@ def real(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("form", ["frozen", "masked"])
 @pytest.mark.parametrize("name", REAL)
 @torch.no_grad()
@@ -281,6 +282,7 @@ def test_real_networks(tmp_path, name, form):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", REAL)
 @torch.no_grad()
 def test_real_frozen_networks_in_openvino(name):
