@@ -71,6 +71,21 @@ def test_one_graph_serves_every_decision(clips, cheap):
 
 
 @torch.no_grad()
+def test_reports_and_budgets_see_through_the_compiler(clips):
+    dynamic = dynamic_from(Image(), clips[:, :, 0])
+    undecided_gates(dynamic)
+    compiled = torch.compile(dynamic, backend="aot_eager")
+    x = clips[:, :, 0]
+    first = compiled(x)
+    ours, theirs = (redconvert.report(each, [x], time=False) for each in (compiled, dynamic))
+    assert [layer.to_dict() for layer in ours.layers] == [layer.to_dict() for layer in theirs.layers]
+    assert ours.executed_macs == theirs.executed_macs < ours.dense_macs
+    assert redconvert.set_budget(compiled, 0.7, [x]).mean <= 0.7
+    assert error(compiled(x), dynamic(x)) < TIGHT and not torch.equal(compiled(x), first)
+    assert graphs() == 1
+
+
+@torch.no_grad()
 def test_gates_that_stand_on_zero_or_know_nothing(clips):
     dynamic = dynamic_from(Image(), clips[:, :, 0])
     for layer in redconvert.layers.dynamic_layers(dynamic).values():
