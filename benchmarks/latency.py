@@ -7,7 +7,9 @@ All forms of one network, batch and dtype run in turn in one process of their ow
 of CONTRIBUTING.md; stop other work meanwhile. Rows: PyTorch eager, channels-last, folded, compiled with freezing,
 OpenVINO, and the deployed network, dense and with channels, frames or both at half; in batches of 8 also mixed.
 Torch-Pruning's networks (of R(2+1)D and ResNet-50, batch 1) have the MACs of "channels" and of "channels and frames"
-and run compiled. Weights are random: time does not depend on them. JSON is written after every network; what is in it
+and run compiled. With --compile-dynamic, batches of 1 also have the dynamic network in torch.compile: masked, and
+frozen to each decision (each takes a while to set up: the column of setup seconds says how long), and the frozen
+ones in OpenVINO. Weights are random: time does not depend on them. JSON is written after every network; what is in it
 already is not run again.
 """
 
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 
 import redconvert
 from redconvert.deploy.bench import Bench, Rival, Row, bench
+from redconvert.deploy.forms import frozen_macs, possible_decisions
 
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "8000000000",
@@ -85,7 +88,7 @@ PRUNED = ("r2plus1d_18", "resnet50")  # Torch-Pruning takes many minutes for the
 # -- one network, in a process of its own --------------------------------------------------------------
 
 
-def measure(name: str, batch: int, dtype: str, repeats: int) -> dict[str, Any]:
+def measure(name: str, batch: int, dtype: str, repeats: int, compile_dynamic: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model, inputs = NETWORKS[name](batch)
     model = model.eval()
@@ -94,20 +97,31 @@ def measure(name: str, batch: int, dtype: str, repeats: int) -> dict[str, Any]:
     config = redconvert.ConvertConfig(align=16)
     dynamic = redconvert.convert(model, config, example_inputs=one).to(kind)
     inputs = [x.to(kind) for x in inputs] if isinstance(inputs, list) else inputs.to(kind)
-    rivals = _openvino(model, inputs, dtype, one)
+    rivals: dict[str, Rival] = {}
+    dense = redconvert.cost.dense_macs(model, one).total
+    add_openvino(rivals, "OpenVINO", model, inputs, dtype, dense, "dense")
+    if compile_dynamic and batch == 1:
+        cast_one = [x.to(kind) for x in one] if isinstance(one, list) else one.to(kind)
+        for label, decision in possible_decisions(dynamic).items():
+            if decision != (0, 0):
+                frozen = redconvert.freeze(dynamic, decision).float().eval()
+                macs = frozen_macs(dynamic, cast_one, decision, dense)
+                add_openvino(rivals, f"OpenVINO, frozen, {label}", frozen, inputs, dtype, macs, "dynamic")
     if name in PRUNED and batch == 1:
         rivals |= _pruned(dynamic, model, one, inputs, kind)
-    found = bench(dynamic, inputs, repeats=repeats, rivals=rivals)
+    found = bench(dynamic, inputs, repeats=repeats, compiled_dynamic=compile_dynamic and batch == 1, rivals=rivals)
     print(found, file=sys.stderr)
     return found.to_dict()
 
 
-def _openvino(model: nn.Module, inputs: Any, dtype: str, one: Any) -> dict[str, Rival]:
-    """Dense in OpenVINO, at the same precision; None where it is not installed or cannot read the network."""
+def add_openvino(
+    rivals: dict[str, Rival], name: str, model: nn.Module, inputs: Any, dtype: str, macs: float, kind: str
+) -> None:
+    """A float32 network in OpenVINO, run at ``dtype``; nothing where OpenVINO is absent or cannot read it."""
     try:
         import openvino
     except ImportError:
-        return {}
+        return
     begin = time.perf_counter()
     given = [x.float() for x in inputs] if isinstance(inputs, list) else inputs.float()
     example = (given,)  # a list is the one argument
@@ -117,10 +131,9 @@ def _openvino(model: nn.Module, inputs: Any, dtype: str, one: Any) -> dict[str, 
         arrays = [x.numpy() for x in given] if isinstance(given, list) else [given.numpy()]
         compiled(arrays)
     except Exception as error:
-        print(f"OpenVINO: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-        return {}
-    macs = redconvert.cost.dense_macs(model, one).total
-    return {"OpenVINO": Rival(lambda: compiled(arrays), macs, "dense", time.perf_counter() - begin)}
+        print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        return
+    rivals[name] = Rival(lambda: compiled(arrays), macs, kind, time.perf_counter() - begin)
 
 
 def _pruned(dynamic: nn.Module, model: nn.Module, one: Any, inputs: Any, kind: torch.dtype) -> dict[str, Rival]:
@@ -196,12 +209,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one network, batch and dtype")
     parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
+    parser.add_argument("--compile-dynamic", action="store_true", help="time dynamic networks in torch.compile too")
     parser.add_argument("--plot", nargs=2, metavar=("RUN", "FILE"), help="draw a run of the JSON, measure nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         name, batch, dtype = arguments.one.split("/")
-        print(json.dumps(measure(name, int(batch), dtype, arguments.repeats)))
+        print(json.dumps(measure(name, int(batch), dtype, arguments.repeats, arguments.compile_dynamic)))
         return
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"what": __doc__.split("\n")[0]}
     runs = result.setdefault("runs", {})
@@ -216,6 +230,7 @@ def main() -> None:
                 if key in runs:
                     continue
                 command = [sys.executable, __file__, "--one", key, "--repeats", str(arguments.repeats)]
+                command += ["--compile-dynamic"] if arguments.compile_dynamic else []
                 environ = {**os.environ, **ALLOCATOR}
                 try:
                     done = subprocess.run(

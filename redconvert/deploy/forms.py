@@ -20,7 +20,7 @@ from ..layers import DynamicConv, Observation, dynamic_layers, forced, observed
 from ..layers.macs import LayerMacs, layer_macs
 from .frozen import freeze
 
-__all__ = ["DECISIONS", "Form", "dense_forms", "dynamic_forms", "possible_decisions"]
+__all__ = ["DECISIONS", "Form", "dense_forms", "dynamic_forms", "frozen_macs", "possible_decisions"]
 
 DECISIONS = {"all open": (0, 0), "channels": (1, 0), "frames": (0, 1), "channels and frames": (1, 1)}
 Call = Callable[[], Any]
@@ -59,25 +59,29 @@ def dynamic_forms(dynamic: nn.Module, inputs: Any, one: Any, dense_macs: float) 
     networks: dict[str, tuple[Callable[[], nn.Module], float]] = {
         "masked": (lambda: copy.deepcopy(dynamic), dense_macs + _added(dynamic, one, (0, 0), _masked))
     }
-    for name, (i, j) in possible_decisions(dynamic).items():
-        if (i, j) != (0, 0):
-            macs = dense_macs + _added(dynamic, one, (i, j), lambda macs, i=i, j=j: _frozen(macs, i, j))  # type: ignore[misc]
-            networks[f"frozen, {name}"] = (lambda i=i, j=j: freeze(dynamic, (i, j))), macs  # type: ignore[misc]
+    for name, decision in possible_decisions(dynamic).items():
+        if decision != (0, 0):
+            macs = frozen_macs(dynamic, one, decision, dense_macs)
+            networks[f"frozen, {name}"] = partial(freeze, dynamic, decision), macs
     for name, (build, macs) in networks.items():
         network, given = _laid_out(build().eval(), inputs)
         make = partial(_compiled, network, given)
         yield from _started(f"compiled, {name}", make, given, macs)
 
 
+def frozen_macs(dynamic: nn.Module, one: Any, decision: tuple[int, int], dense_macs: float) -> float:
+    """Of one sample through the network frozen to a decision; those of the dense network are ``dense_macs``."""
+
+    def count(macs: LayerMacs) -> float:
+        i, j = min(decision[0], len(macs.conv) - 1), min(decision[1], len(macs.conv[0]) - 1)
+        return macs.conv[i][j] + macs.cheap[i][j] - macs.dense
+
+    return dense_macs + _added(dynamic, one, decision, count)
+
+
 def _masked(macs: LayerMacs) -> float:
     """What the masked mode adds to the convolution: the gate, and every candidate's cheap operations."""
     return macs.gate + sum(row[0] for row in macs.cheap[1:]) + sum(macs.cheap[0][1:])
-
-
-def _frozen(macs: LayerMacs, i: int, j: int) -> float:
-    """What a frozen decision adds to it; less than 0 where it saves."""
-    channel, temporal = min(i, len(macs.conv) - 1), min(j, len(macs.conv[0]) - 1)
-    return macs.conv[channel][temporal] + macs.cheap[channel][temporal] - macs.dense
 
 
 def _added(dynamic: nn.Module, one: Any, decision: tuple[int, int], count: Callable[[LayerMacs], float]) -> float:
