@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import redconvert
-from redconvert.deploy import decide, kernels, pack, pool, program, taps, unit
+from redconvert.deploy import decide, excite, kernels, pack, pool, program, taps, unit
 from redconvert.deploy.bench import decisions
 
 REPEATS = 7
@@ -38,6 +38,7 @@ PARTS: dict[str, tuple[type, str]] = {
     "gates": (decide.FoldedGate, "__call__"),
     "pad frames": (taps.Reading, "padded"),
     "pools": (pool.Pool, "forward"),
+    "scale channels": (excite.Excite, "forward"),
     "units, else": (unit.Unit, "forward"),
     "network, else": (program.Program, "__call__"),
 }

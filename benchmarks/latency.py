@@ -8,7 +8,9 @@ of CONTRIBUTING.md; stop other work meanwhile. Rows: PyTorch eager, channels-las
 OpenVINO, and the deployed network, dense and with channels, frames or both at half; in batches of 8 also mixed.
 Batches of one also have rows of a network converted with ``measure=True``, of one whose skipped frames are blended
 from both neighbours instead of copied (what calibration sets), and Torch-Pruning's networks (of R(2+1)D and
-ResNet-50, as near as they come to the MACs of "channels" and of "channels and frames", compiled). Weights are random:
+ResNet-50, as near as they come to the MACs of "channels" and of "channels and frames", compiled). With
+--compile-dynamic they also have the dynamic network in torch.compile: masked, and frozen to each decision (each takes
+a while to set up: the column of setup seconds says how long), and the frozen ones in OpenVINO. Weights are random:
 time does not depend on them. JSON is written after every network; what is in it already is not run again.
 """
 
@@ -21,7 +23,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from common import RESULTS, environment, write
 from torch import Tensor, nn
 
 import redconvert
-from redconvert.deploy.bench import DECISIONS, Bench, Rival, Row, asked, bench
+from redconvert.deploy.bench import Bench, Rival, Row, asked, bench
+from redconvert.deploy.forms import DECISIONS, frozen_macs, possible_decisions
 
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "8000000000",
@@ -86,7 +89,7 @@ PRUNED = ("r2plus1d_18", "resnet50")  # Torch-Pruning takes many minutes for the
 # -- one network, in a process of its own --------------------------------------------------------------
 
 
-def measure(name: str, batch: int, dtype: str, repeats: int) -> dict[str, Any]:
+def measure(name: str, batch: int, dtype: str, repeats: int, compile_dynamic: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model, inputs = NETWORKS[name](batch)
     model = model.eval()
@@ -95,22 +98,28 @@ def measure(name: str, batch: int, dtype: str, repeats: int) -> dict[str, Any]:
     config = redconvert.ConvertConfig(align=16)
     dynamic = redconvert.convert(model, config, example_inputs=one).to(kind)
     inputs = [x.to(kind) for x in inputs] if isinstance(inputs, list) else inputs.to(kind)
-    rivals = _openvino(model, inputs, dtype, one)
+    rivals: dict[str, Rival] = {}
+    dense = redconvert.cost.dense_macs(model, one).total
+    add_openvino(rivals, "OpenVINO", model, inputs, dtype, dense, "dense")
     if batch == 1:
         rivals |= _measured(model, config, inputs, kind) | _blended(model, config, one, inputs, kind)
+        if compile_dynamic:
+            _add_frozen(rivals, dynamic, inputs, dtype, dense)
         if name in PRUNED:
             rivals |= _pruned(dynamic, model, one, inputs, kind)
-    found = bench(dynamic, inputs, repeats=repeats, rivals=rivals)
+    found = bench(dynamic, inputs, repeats=repeats, compiled_dynamic=compile_dynamic and batch == 1, rivals=rivals)
     print(found, file=sys.stderr)
     return found.to_dict()
 
 
-def _openvino(model: nn.Module, inputs: Any, dtype: str, one: Any) -> dict[str, Rival]:
-    """Dense in OpenVINO, at the same precision; None where it is not installed or cannot read the network."""
+def add_openvino(
+    rivals: dict[str, Rival], name: str, model: nn.Module, inputs: Any, dtype: str, macs: float, kind: str
+) -> None:
+    """A float32 network in OpenVINO, run at ``dtype``; nothing where OpenVINO is absent or cannot read it."""
     try:
         import openvino
     except ImportError:
-        return {}
+        return
     begin = time.perf_counter()
     given = [x.float() for x in inputs] if isinstance(inputs, list) else inputs.float()
     example = (given,)  # a list is the one argument
@@ -120,10 +129,18 @@ def _openvino(model: nn.Module, inputs: Any, dtype: str, one: Any) -> dict[str, 
         arrays = [x.numpy() for x in given] if isinstance(given, list) else [given.numpy()]
         compiled(arrays)
     except Exception as error:
-        print(f"OpenVINO: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-        return {}
-    macs = redconvert.cost.dense_macs(model, one).total
-    return {"OpenVINO": Rival(lambda: compiled(arrays), macs, "dense", time.perf_counter() - begin)}
+        print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+        return
+    rivals[name] = Rival(lambda: compiled(arrays), macs, kind, time.perf_counter() - begin)
+
+
+def _add_frozen(rivals: dict[str, Rival], dynamic: nn.Module, inputs: Any, dtype: str, dense: float) -> None:
+    """In OpenVINO, frozen to each decision."""
+    for label, decision in possible_decisions(dynamic).items():
+        if decision != (0, 0):
+            frozen = redconvert.freeze(dynamic, decision).float().eval()
+            macs = frozen_macs(dynamic, inputs, decision, dense)
+            add_openvino(rivals, f"OpenVINO, frozen, {label}", frozen, inputs, dtype, macs, "dynamic")
 
 
 def _measured(model: nn.Module, config: redconvert.ConvertConfig, inputs: Any, kind: torch.dtype) -> dict[str, Rival]:
@@ -145,24 +162,22 @@ def _blended(
     for layer in redconvert.layers.dynamic_layers(dynamic).values():
         for weight in layer.cheap_t.weights:
             nn.init.constant_(weight, 0.5)
-    wanted = {name: decision for name, decision in DECISIONS.items() if decision[1]}
-    return _decided(dynamic, inputs, "blended", wanted, time.perf_counter() - begin)
+    return _decided(dynamic, inputs, "blended", ("frames", "channels and frames"), time.perf_counter() - begin)
 
 
 def _decided(
-    dynamic: nn.Module, inputs: Any, label: str, decisions: dict[str, tuple[int, int]], seconds: float
+    dynamic: nn.Module, inputs: Any, label: str, decisions: Collection[str], seconds: float
 ) -> dict[str, Rival]:
     """Rows of another dynamic network, deployed: each decision for all layers, gates asked."""
     begin = time.perf_counter()
     fast = redconvert.deploy(dynamic, inputs)
     seconds += time.perf_counter() - begin
     found = {}
-    for name, decision in decisions.items():
-        try:
-            with redconvert.forced(dynamic, channel=decision[0], temporal=decision[1]):
-                macs = redconvert.report(dynamic, [inputs], time=False).executed_macs
-        except redconvert.RedconvertError:  # an axis that no layer has
+    for name, decision in possible_decisions(dynamic).items():
+        if name not in decisions:
             continue
+        with redconvert.forced(dynamic, channel=decision[0], temporal=decision[1]):
+            macs = redconvert.report(dynamic, [inputs], time=False).executed_macs
 
         def call(decision: tuple[int, int] = decision) -> Any:
             with asked(fast, *decision):
@@ -246,12 +261,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one network, batch and dtype")
     parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
+    parser.add_argument("--compile-dynamic", action="store_true", help="time dynamic networks in torch.compile too")
     parser.add_argument("--plot", nargs=2, metavar=("RUN", "FILE"), help="draw a run of the JSON, measure nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         name, batch, dtype = arguments.one.split("/")
-        print(json.dumps(measure(name, int(batch), dtype, arguments.repeats)))
+        print(json.dumps(measure(name, int(batch), dtype, arguments.repeats, arguments.compile_dynamic)))
         return
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"what": __doc__.split("\n")[0]}
     runs = result.setdefault("runs", {})
@@ -266,6 +282,7 @@ def main() -> None:
                 if key in runs:
                     continue
                 command = [sys.executable, __file__, "--one", key, "--repeats", str(arguments.repeats)]
+                command += ["--compile-dynamic"] if arguments.compile_dynamic else []
                 environ = {**os.environ, **ALLOCATOR}
                 try:
                     done = subprocess.run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -29,6 +29,9 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Timed runs of each form, in turn with all others.", min=1)] = 5,
     measured: Measure = False,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time torch.compile too.")] = True,
+    compiled_dynamic: Annotated[
+        bool, typer.Option("--compile-dynamic", help="Time the masked and the frozen network in torch.compile too.")
+    ] = False,
     align: Annotated[int | None, typer.Option(help="Round channel counts up to a multiple of this.", min=1)] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
@@ -52,7 +55,8 @@ def bench(
     example, _ = inputs_and_plan(network, settings, inputs, as_json)
     dynamic = convert(network, settings, example_inputs=example, measure=measured).to(TYPES[dtype])
     cast = tree_map(lambda x: x.to(TYPES[dtype]) if torch.is_floating_point(x) else x, example)
-    found = measure(dynamic, cast, repeats=repeats, compiled=compiled, progress=not as_json)
+    options: dict[str, Any] = {"repeats": repeats, "compiled": compiled, "compiled_dynamic": compiled_dynamic}
+    found = measure(dynamic, cast, **options, progress=not as_json)
     if out is not None:
         write_text_atomic(out, found.to_json())
     if plot is not None:

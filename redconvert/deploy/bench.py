@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
@@ -17,7 +16,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
-from ..convert import revert
 from ..cost import Timing, interleaved, report
 from ..cost.clock import share
 from ..cost.measure import describe_environment
@@ -27,13 +25,13 @@ from ..inputs import call_with, device_of, tensors_in
 from ..layers import disabled, dynamic_layers, forced
 from ..progress import progress_bar
 from .engine import Deployed, deploy
+from .forms import Form, dense_forms, dynamic_forms, possible_decisions
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DECISIONS", "Bench", "Rival", "Row", "asked", "bench", "decisions"]
+__all__ = ["Bench", "Rival", "Row", "asked", "bench", "decisions"]
 
-DECISIONS = {"all open": (0, 0), "channels": (1, 0), "frames": (0, 1), "channels and frames": (1, 1)}
 SLOWEST = 8  # layers that are named
 Call = Callable[[], Any]
 
@@ -149,6 +147,7 @@ def bench(
     *,
     repeats: int = 5,
     compiled: bool = True,
+    compiled_dynamic: bool = False,
     rivals: Mapping[str, Rival] | None = None,
     progress: bool = False,
 ) -> Bench:
@@ -157,13 +156,15 @@ def bench(
     Dense: in PyTorch as it was, in channels-last memory, with norms folded, compiled (on a CPU with freezing), and
     deployed. Dynamic: deployed, with every layer forced to the same candidates, and in batches larger than one with
     candidates that differ from sample to sample; gates run in all of these rows, though what they say is
-    not followed. Forms that a network cannot take are left out.
+    not followed. Forms that a network cannot take are left out, with a line on stderr.
 
     Args:
         dynamic: what `redconvert.convert` returned; it is left as it was.
         example_inputs: what it takes; the batch is timed as it is.
         repeats: timed runs of each form, after two that are not.
-        compiled: torch.compile takes its time to set up; False leaves it out.
+        compiled: torch.compile takes its time to set up (``setup_s``); False leaves it out.
+        compiled_dynamic: also compile the dynamic network itself, which computes everything and masks, and the network
+            frozen to each decision. `torch.compile` does nothing to the deployed one, so it has no row for that.
         rivals: others to time in the same run.
         progress: show a bar (needs rich).
     """
@@ -171,9 +172,17 @@ def bench(
         raise RedconvertError(f"repeats={repeats} must be at least 1")
     dynamic_layers(dynamic)
     with torch.no_grad(), progress_bar(progress, "Benchmark") as step:
-        calls, setup = _dense_forms(dynamic, example_inputs, compiled, step)
-        macs = dict.fromkeys(calls, 0.0)
-        kinds = dict.fromkeys(calls, "dense")
+        calls: dict[str, Call] = {}
+        setup: dict[str, float] = {}
+        macs: dict[str, float] = {}
+        kinds: dict[str, str] = {}
+
+        def add(forms: Iterable[tuple[str, Form]], kind: str) -> None:
+            for name, form in forms:
+                calls[name], setup[name], macs[name], kinds[name] = form.call, form.setup_s, form.macs or 0.0, kind
+                step()
+
+        add(dense_forms(dynamic, example_inputs, compiled), "dense")
         begin = time.perf_counter()
         fast = deploy(dynamic, example_inputs)
         deploying = time.perf_counter() - begin
@@ -184,6 +193,8 @@ def bench(
             kinds[label] = "dense" if name == "dense" else "dynamic"
             setup[label] = deploying + _first_call(calls[label], mode)
         dense = macs["deployed, dense"]
+        if compiled_dynamic:
+            add(dynamic_forms(dynamic, example_inputs, _one(example_inputs), dense), "dynamic")
         macs = {name: found or dense for name, found in macs.items()}
         for name, rival in (rivals or {}).items():
             calls[name], macs[name], kinds[name], setup[name] = rival.call, rival.macs, rival.kind, rival.setup_s
@@ -194,55 +205,9 @@ def bench(
     return _assemble(dynamic, example_inputs, times, macs, kinds, peaks, setup, losers)
 
 
-def _dense_forms(
-    dynamic: nn.Module, inputs: Any, compiled: bool, step: Call
-) -> tuple[dict[str, Call], dict[str, float]]:
-    calls: dict[str, Call] = {}
-    setup: dict[str, float] = {}
-    eager = revert(copy.deepcopy(dynamic)).eval()
-    last = copy.deepcopy(eager)
-    clips = any(isinstance(module, nn.Conv3d) for module in last.modules())
-    layout = torch.channels_last_3d if clips else torch.channels_last
-    last, laid_out = last.to(memory_format=layout), _laid_out(inputs, layout)
-    forms: dict[str, tuple[Callable[[], Any], Any]] = {
-        "eager": (lambda: eager, inputs),
-        "channels last": (lambda: last, laid_out),
-        "folded": (lambda: _folded(last), laid_out),
-    }
-    if compiled:
-        forms["compiled"] = (lambda: _compiled(last), laid_out)
-    for name, (make, given) in forms.items():
-        begin = time.perf_counter()
-        try:
-            network = make()
-            call_with(network, given)
-        except Exception:  # fx or the compiler cannot read it
-            continue
-        setup[name] = time.perf_counter() - begin
-        calls[name] = lambda network=network, given=given: call_with(network, given)  # type: ignore[misc]
-        step()
-    return calls, setup
-
-
-def _folded(network: nn.Module) -> nn.Module:
-    from torch.fx.experimental.optimization import fuse
-
-    return fuse(copy.deepcopy(network))
-
-
-def _compiled(network: nn.Module) -> Any:
-    from torch._inductor import config
-
-    config.freezing = not any(p.is_cuda for p in network.parameters())
-    return torch.compile(network)
-
-
 def decisions(fast: Deployed, inputs: Any) -> Iterator[tuple[str, Callable[[], AbstractContextManager[Any]], float]]:
     """Names, modes and executed MACs per sample, of those that the network's candidates allow."""
-    candidates = [layer.candidates for layer in dynamic_layers(fast).values()]
-    axes = max(len(each.channels) for each in candidates) > 1, max(len(each.strides) for each in candidates) > 1
-    possible = {n: d for n, d in DECISIONS.items() if (axes[0] or not d[0]) and (axes[1] or not d[1])}
-    one = tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) else leaf, inputs)
+    possible, one = possible_decisions(fast), _one(inputs)
     costs: dict[tuple[int, int], float] = {}
     for decision in possible.values():
         with forced(fast.network, channel=decision[0], temporal=decision[1]):
@@ -257,6 +222,11 @@ def decisions(fast: Deployed, inputs: Any) -> Iterator[tuple[str, Callable[[], A
         channel, temporal = ([decision[axis] for decision in mixed] for axis in (0, 1))
         average = sum(costs[decision] for decision in mixed) / rows
         yield "mixed", lambda: asked(fast, channel, temporal), average
+
+
+def _one(inputs: Any) -> Any:
+    """The first sample."""
+    return tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) else leaf, inputs)
 
 
 @contextmanager
@@ -332,13 +302,3 @@ def _assemble(
         for name, found in times.items()
     )
     return Bench(type(dynamic).__name__, rows, fastest, losers, describe_environment(dynamic, inputs))
-
-
-def _laid_out(inputs: Any, layout: torch.memory_format) -> Any:
-    dim = 5 if layout == torch.channels_last_3d else 4
-    return tree_map(
-        lambda leaf: (
-            leaf.contiguous(memory_format=layout) if isinstance(leaf, torch.Tensor) and leaf.dim() == dim else leaf
-        ),
-        inputs,
-    )

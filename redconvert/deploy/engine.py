@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import json
 import os
 from collections.abc import Mapping
@@ -33,6 +35,7 @@ __all__ = ["Deployed", "deploy"]
 TOLERANCE, LOW_TOLERANCE = 1e-3, 0.1
 FORMS = "deploy.json"
 Forms = dict[str, dict[str, str]]
+OUTSIDE = "a deployed network runs fused kernels of its own: there is nothing left to compile in it"
 
 
 class Deployed(nn.Module):
@@ -40,7 +43,7 @@ class Deployed(nn.Module):
 
     Clips on a CPU run one by one, whatever each decides: nothing is gathered or scattered, and activations stay small.
     Images, and clips on other devices, run as a batch, in which the samples that decide alike run together, layer by
-    layer. Not for several threads at once.
+    layer. Not for several threads at once. `torch.compile` leaves it as it is, also inside a larger network.
 
     Attributes:
         network: the converted network, whose gates, thresholds and modes (`forced`, `disabled`) are followed.
@@ -58,6 +61,7 @@ class Deployed(nn.Module):
         pathways: int = 0,
     ) -> None:
         super().__init__()
+        _stay_outside_graphs()
         self.network = network
         self.batch = Batch()
         self.problem = problem
@@ -134,6 +138,11 @@ class Deployed(nn.Module):
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            raise RedconvertError(
+                "a deployed network cannot be traced or exported, its kernels belong to this process: export "
+                "redconvert.freeze(.network, policy), or .network itself"
+            )
         with evaluating(self.network) if self.network.training else nullcontext():
             return self._forward(args, kwargs)
 
@@ -193,6 +202,17 @@ class Deployed(nn.Module):
                 for observer in unit.layer.observers:
                     observer(unit.layer, observation)
         self.batch.seen.clear()
+
+
+@functools.cache
+def _stay_outside_graphs() -> None:
+    """Have dynamo skip deployed networks: it would break its graph at each kernel, and compile again per decision.
+
+    Not where the class is made: importing dynamo takes a second.
+    """
+    knows_reasons = "reason" in inspect.signature(torch.compiler.disable).parameters
+    options: dict[str, Any] = {"reason": OUTSIDE} if knows_reasons else {}
+    Deployed.forward = torch.compiler.disable(Deployed.forward, **options)  # type: ignore[method-assign]
 
 
 def deploy(

@@ -70,12 +70,12 @@ def export_onnx(
 
 
 def _check_decisions(network: nn.Module) -> None:
-    """Refuse a dynamic network whose decisions are held: the file would compute everything for one of them."""
+    """Refuse a dynamic network whose decisions are held for a while: the file would hold them for ever."""
     for name, layer in _dynamic(network).items():
         if layer.enabled and any(index is not None for index in layer.forced):
             raise RedconvertError(
-                f"layer '{name}' is inside redconvert.forced(), and the file would still compute every candidate: "
-                f"export redconvert.freeze(network, (channel, temporal)), which computes that one alone"
+                f"layer '{name}' is inside redconvert.forced(), which ends with its block, and a file has none: export "
+                f"redconvert.freeze(network, (channel, temporal)), which computes that candidate alone"
             )
 
 
@@ -139,18 +139,33 @@ def _check_open(network: nn.Module, program: torch.export.ExportedProgram) -> No
 
 def _serialized(program: torch.export.ExportedProgram, opset: int | None) -> bytes:
     try:
-        converted = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, external_data=False)
+        converted = torch.onnx.export(
+            program, dynamo=True, opset_version=opset, verbose=False, external_data=False, optimize=False
+        )
+        assert converted is not None
+        _simplify(converted)
     except Exception as error:
         raise RedconvertError(
             f"torch.onnx cannot write this network: {type(error).__name__}: {_first_line(error)}"
         ) from error
-    assert converted is not None
     try:
         return converted.model_proto.SerializeToString()
     except Exception as error:  # protobuf's own limit, whose class depends on the version
         raise RedconvertError(
             f"the network does not fit into one ONNX file of 2 GB ({_first_line(error)}): export it in half precision"
         ) from error
+
+
+def _simplify(converted: Any) -> None:
+    """The exporter's optimizer, on what is left once constants are folded.
+
+    Its time grows with the square of the nodes, and three of four are constants and what is made of them: X3D-S,
+    masked, has 17,165 nodes before and 4,580 after.
+    """
+    optimizer = require("onnxscript.optimizer", extra=EXTRA, purpose="export_onnx")
+    optimizer.fold_constants(converted.model)
+    optimizer.remove_unused_nodes(converted.model)
+    converted.optimize()
 
 
 def _verify(network: nn.Module, inputs: Any, content: bytes) -> None:

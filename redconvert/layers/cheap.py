@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..errors import RedconvertError
 from .candidates import Candidates
+from .gate import matching
 from .routing import select
 
 __all__ = ["ChannelRebuild", "Depthwise", "FrameRebuild", "Pointwise", "Scale", "resolve_cheap"]
@@ -77,8 +78,8 @@ class Pointwise(CheapOp):
 
     def forward(self, kept: Tensor) -> Tensor:
         convolve = F.conv3d if kept.dim() == 5 else F.conv2d
-        weight = self.weight.to(kept.dtype)[(..., *(None,) * (kept.dim() - 2))]
-        return convolve(kept, weight, self.bias.to(kept.dtype))
+        weight = matching(self.weight, kept).reshape(*self.weight.shape, *(1,) * (kept.dim() - 2))
+        return convolve(kept, weight, matching(self.bias, kept))
 
     def pairing(self, kept: Tensor, gradient: Tensor) -> Tensor:
         # <W y, g> = <W, g y^T>: one product of small result instead of the operation's output.
@@ -138,7 +139,7 @@ class Scale(OneSource):
 
     def forward(self, kept: Tensor) -> Tensor:
         shape = (-1, *(1,) * (kept.dim() - 2))
-        weight, bias = self.weight.to(kept.dtype).view(shape), self.bias.to(kept.dtype).view(shape)
+        weight, bias = matching(self.weight, kept).view(shape), matching(self.bias, kept).view(shape)
         return torch.addcmul(bias, select(kept, 1, self.source), weight)
 
     def pairing(self, kept: Tensor, gradient: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ class Depthwise(OneSource):
         self.weight = nn.Parameter(torch.zeros(dropped, 1, 3, 3))
 
     def forward(self, kept: Tensor) -> Tensor:
-        source, weight, bias = select(kept, 1, self.source), self.weight.to(kept.dtype), self.bias.to(kept.dtype)
+        source, weight, bias = select(kept, 1, self.source), matching(self.weight, kept), matching(self.bias, kept)
         if kept.dim() == 5:
             return F.conv3d(source, weight.unsqueeze(2), bias, padding=(0, 1, 1), groups=len(weight))
         return F.conv2d(source, weight, bias, padding=1, groups=len(weight))
@@ -334,11 +335,11 @@ class FrameRebuild(nn.Module):
     def rebuild(self, index: int, computed: Tensor) -> list[Tensor]:
         """The dropped frames at each offset 1 to R - 1, each ``(N, C, T', H, W)`` like ``computed``."""
         following = torch.cat([computed[:, :, 1:], computed[:, :, -1:]], dim=2)
-        shape = (-1, 1, 1, 1)
-        weight, bias = self.weights[index - 1].to(computed.dtype), self.biases[index - 1].to(computed.dtype)
+        weight, bias = (matching(each[index - 1], computed) for each in (self.weights, self.biases))
+        weight, bias = (each.reshape(-1, each.shape[-1], 1, 1, 1) for each in (weight, bias))
         return [
-            torch.addcmul(torch.addcmul(b.view(shape), computed, w[0].view(shape)), following, w[1].view(shape))
-            for w, b in zip(weight, bias, strict=True)
+            torch.addcmul(torch.addcmul(bias[d], computed, weight[2 * d]), following, weight[2 * d + 1])
+            for d in range(len(bias))
         ]
 
     def single(self, z: Tensor, index: int, num_frames: int) -> Tensor:

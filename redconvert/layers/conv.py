@@ -14,11 +14,12 @@ from ..config import LayerConfig
 from ..errors import RedconvertError
 from .candidates import Candidates
 from .cheap import ChannelRebuild, FrameRebuild, resolve_cheap
-from .gate import Gate, GateWeights, candidate_weights, largest_open
+from .gate import Gate, GateWeights, candidate_weights
 from .geometry import check_input, output_size
-from .masked import CheckpointedMix, attach, choose, pool, replace_value
+from .masked import CheckpointedMix, pool
 from .recipes import Recipe, recipe_of
 from .routing import FULL, Decision, decide, group_samples, route, sample_rows, select
+from .static import run_static
 
 __all__ = ["DynamicConv", "DynamicConv2d", "DynamicConv3d", "Observation"]
 
@@ -150,7 +151,7 @@ class DynamicConv(nn.Module):
         if input.dim() == dim - 1 and self.num_frames is None:
             return self.forward(input.unsqueeze(0)).squeeze(0)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self._masked_static(input, self._weights(input, input.mean((-2, -1))))
+            return run_static(self, input)
         check_input(self, input, self.layer_name, self.num_frames, self.recipe.pad is Recipe.pad)
         input, pooled = pool(input)
         weights = self._weights(input, pooled)
@@ -253,21 +254,6 @@ class DynamicConv(nn.Module):
         assert self.cheap_c is not None
         rows = weights.repeat_interleave(self.frames_per_sample, dim=0)
         return self.cheap_c.mix(self.cheap_c.to_ranks(y), rows, 0, self.config.normalize)
-
-    def _masked_static(self, x: Tensor, weights: GateWeights) -> Tensor:
-        y = self.dense_class.forward(self, x)
-        hard = self.config.gate == "hard"
-        if not self.training:
-            return choose(self, y, weights) if hard else self.mix(y, weights)
-        out = self.mix(y, weights)
-        if hard:
-            out = replace_value(out, self.mix(y.detach(), self._hard(weights)).detach())
-        loss = self.rebuild_loss(y.detach(), GateWeights(*(w.detach() for w in weights)))
-        return out if loss is None else attach(out, loss)
-
-    @staticmethod
-    def _hard(weights: GateWeights) -> GateWeights:
-        return GateWeights(*(F.one_hot(largest_open(w).long(), w.shape[1]).to(w.dtype) for w in weights))
 
     def rebuild_loss(self, y: Tensor, weights: GateWeights) -> Tensor | None:
         """Mean squared error of the closed candidates' rebuilding, over y's variance; trains them alone.

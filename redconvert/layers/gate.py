@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-__all__ = ["Gate", "GateWeights", "candidate_weights", "largest_open", "processes"]
+__all__ = ["Gate", "GateWeights", "candidate_weights", "largest_open", "matching", "processes"]
 
 # beta at conversion: tanh(+-1.5) = +-0.9 is decided, yet its slope of 0.18 still lets the gate learn.
 BIRTH_BETA = 1.5
@@ -78,11 +79,7 @@ class Gate(nn.Module):
 
         An axis with one candidate gets ones.
         """
-        if pooled.shape[2] != self.num_frames:
-            pooled = F.adaptive_avg_pool1d(pooled, self.num_frames)
-        with torch.autocast(pooled.device.type, enabled=False):  # a gate is tiny: it keeps its own precision
-            hidden = self.fc1(pooled.flatten(1).to(self.fc1.weight.dtype))
-            values = torch.tanh(self.fc2(torch.tanh(self._normalize(hidden))) + self.beta - self.threshold)
+        values = torch.tanh(self.logits(pooled))
         ones = values.new_ones(values.shape[0], 1)
         if self.num_temporal == 1:
             return values, ones
@@ -90,6 +87,16 @@ class Gate(nn.Module):
             return ones, values
         temporal, channel = values.split([self.num_temporal, self.num_channel], dim=1)
         return channel, temporal
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """``z (N, S_t + S_c)``: a candidate is open where it is above 0, which NaN is not."""
+        if pooled.shape[2] != self.num_frames:
+            pooled = F.adaptive_avg_pool1d(pooled, self.num_frames)
+        kind = pooled.device.type
+        own = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with own:  # a gate is tiny: it keeps its own precision
+            hidden = self.fc1(matching(pooled.flatten(1), self.fc1.weight))
+            return self.fc2(torch.tanh(self._normalize(hidden))) + self.beta - self.threshold
 
     def axis(self, name: str, values: Tensor) -> Tensor:
         """What of ``values (..., S_t + S_c)`` belongs to "channel" or "temporal": a view, empty without that axis."""
@@ -190,3 +197,8 @@ def candidate_weights(values: Tensor, normalize: bool = True) -> Tensor:
 def largest_open(weights: Tensor) -> Tensor:
     """Index of the largest open candidate, ``(N, S) -> (N,)``: the one that has to be computed."""
     return (weights > 0).int().argmax(-1)
+
+
+def matching(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the dtype of ``like``; where it has it already, a traced graph gets no node for it."""
+    return x if x.dtype == like.dtype else x.to(like.dtype)

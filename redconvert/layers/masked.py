@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import RedconvertError
-from .gate import GateWeights, largest_open
+from .gate import GateWeights
 from .overwrite import Overwritten, overwrite, restore
-from .routing import Decision, select
+from .routing import Decision
 
 if TYPE_CHECKING:
     from .conv import DynamicConv
 
-__all__ = ["CheckpointedMix", "attach", "choose", "pool", "replace_value"]
+__all__ = ["CheckpointedMix", "attach", "pool", "replace_value"]
 
 
 class CheckpointedMix(torch.autograd.Function):
@@ -69,31 +69,6 @@ class CheckpointedMix(torch.autograd.Function):
         gradients = [pull.input_gradient, *pull.gate_gradients, *pull.parameter_gradients(parameters)]
         add_rebuild_gradient(layer, y, weights, parameters, gradients)
         return None, None, *gradients
-
-
-def choose(layer: DynamicConv, y: Tensor, weights: GateWeights) -> Tensor:
-    """The largest open candidate of each sample from the full convolution ``y``, with static shapes.
-
-    The value of ``layer.mix`` with one candidate per sample, in fewer and cheaper steps: inference under
-    ``torch.compile`` and ``torch.export``.
-    """
-    if layer.cheap_c is not None:
-        rows = largest_open(weights.channel).repeat_interleave(layer.frames_per_sample, dim=0)
-        full = y
-        for i, kept in enumerate(layer.candidates.channels[1:], start=1):
-            ranks = full[:, :kept] if layer.cheap_c.is_identity else select(full, 1, layer.cheap_c.order[:kept])
-            y = torch.where(_of_sample(rows == i, y), layer.cheap_c.single(ranks, i), y)
-    if layer.cheap_t is not None:
-        rows, full = largest_open(weights.temporal), layer.as_clips(y, layer.frames_per_sample)
-        z = full
-        for j, stride in enumerate(layer.candidates.strides[1:], start=1):
-            z = torch.where(_of_sample(rows == j, z), layer.cheap_t.single(full[:, :, ::stride], j, z.shape[2]), z)
-        y = layer.from_clips(z)
-    return y
-
-
-def _of_sample(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.view(-1, *(1,) * (like.dim() - 1))
 
 
 class _Pullback:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import RedconvertError
@@ -68,8 +70,10 @@ def forced(
 
 @contextmanager
 def observed(model: nn.Module, listener: Callable[[DynamicConv, Observation], None]) -> Iterator[nn.Module]:
-    """Call ``listener(layer, observation)`` after every call of a dynamic layer (not while compiled)."""
+    """Call ``listener(layer, observation)`` after every call of a dynamic layer; what is compiled runs eagerly."""
     with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled; a graph would tell nobody
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in dynamic_layers(model).values():
             stack.enter_context(_attributes([layer], observers=(*layer.observers, listener)))
         yield model

@@ -60,7 +60,9 @@ def register(conv_type: type | str) -> Callable[[R], R]:
 
 def recipe_of(conv_class: type) -> type[Recipe] | None:
     """The recipe for the forward that this class runs, inherited or its own; None where it is not known."""
-    owner = next(base for base in conv_class.__mro__ if "forward" in vars(base))
+    runs: Any = conv_class.forward  # type: ignore[attr-defined]
+    # The farthest base that has it. Not through vars(): dynamo cannot read that in every version of PyTorch.
+    owner = [base for base in conv_class.__mro__[:-1] if getattr(base, "forward", None) is runs][-1]
     return _RECIPES.get(_full_name(owner))
 
 

@@ -81,7 +81,9 @@ def test_masked(tmp_path, gate):
     for clips in (x, torch.randn(3, *x.shape[1:]), x[:1]):
         wanted = dynamic(clips)
         assert relative_error(onnx_outputs(tmp_path / "a.onnx", clips)[0], wanted) < CLOSE
-    assert operators(tmp_path / "a.onnx").count("Tanh") == 2 * layers  # the gates decide in the file
+    found = operators(tmp_path / "a.onnx")  # the gates decide in the file; a hard one asks only whether z > 0
+    assert found.count("Tanh") == (layers if gate == "hard" else 2 * layers)
+    assert gate == "soft" or found.count("Greater") == layers
 
 
 @torch.no_grad()
@@ -259,6 +261,7 @@ def real(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("form", ["frozen", "masked"])
 @pytest.mark.parametrize("name", REAL)
 @torch.no_grad()
@@ -279,6 +282,7 @@ def test_real_networks(tmp_path, name, form):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", REAL)
 @torch.no_grad()
 def test_real_frozen_networks_in_openvino(name):

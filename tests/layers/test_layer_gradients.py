@@ -25,6 +25,7 @@ from reference import (
 from torch import nn
 
 from redconvert import DynamicConv2d, DynamicConv3d, LayerConfig, RedconvertError
+from redconvert.layers.static import mixed
 
 SMALL = {"in_channels": 2, "out_channels": 4, "kernel_size": 2, "dtype": torch.float64}
 CASES = {
@@ -87,7 +88,7 @@ def test_backward_is_that_of_the_plain_soft_sum(feeds_norm, rebuild_weight, spec
     inputs = [x, *layer.parameters()]
     layer.feeds_norm = feeds_norm
     out = layer(x)
-    plain = layer._masked_static(x, layer._weights(x, x.mean((-2, -1))))
+    plain = mixed(layer, x, layer._weights(x, x.mean((-2, -1))))
     assert relative_error(out, plain) < 1e-10
     names = ["input", *dict(layer.named_parameters())]
     for name, value, wanted in zip(names, pull(out, inputs), pull(plain, inputs), strict=True):

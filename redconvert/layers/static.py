@@ -1,0 +1,112 @@
+"""Masked mode with static shapes: what ``torch.compile``, ``torch.export`` and ONNX see.
+
+Decisions stay tensors, so that one graph serves all of them, and every step more is a node more for a compiler to
+read: with hard gates no weights are computed, since the largest open candidate alone counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .gate import GateWeights, largest_open
+from .masked import attach, replace_value
+from .routing import select
+
+if TYPE_CHECKING:
+    from .conv import DynamicConv
+
+__all__ = ["mixed", "run_static"]
+
+AXES = ("channel", "temporal")
+Choice = int | Tensor  # the candidate of all samples, or which are open, (N, S): the largest of them counts
+
+
+def run_static(layer: DynamicConv, x: Tensor) -> Tensor:
+    """The layer's output without a look at any value.
+
+    Where Python knows the candidate (`redconvert.forced` with an index, an axis with one candidate), only that one is
+    computed. Where the gate decides, all candidates come from one full convolution.
+    """
+    if layer.training or layer.config.gate == "soft":
+        return mixed(layer, x, layer._weights(x, x.mean((-2, -1))))
+    channel, temporal = _choices(layer, x)
+    i, j = (choice if isinstance(choice, int) else 0 for choice in (channel, temporal))
+    y = layer._convolve(x, i, j) if i or j else layer.dense_class.forward(layer, x)
+    num_frames = layer._output_frames(x)
+    computed = layer.candidates.frames(j, num_frames)
+    if isinstance(channel, Tensor):
+        folded = layer.frames_per_sample > 1  # then a sample has a row per frame
+        rows = channel.repeat_interleave(computed, dim=0) if folded else channel
+        y = _largest(rows, _channel_candidates(layer, y))
+    elif i:
+        y = layer.cheap_c.single(y, i)  # type: ignore[union-attr]
+    if isinstance(temporal, int) and not j:
+        return y
+    z = layer.as_clips(y, computed)
+    if isinstance(temporal, Tensor):
+        z = _largest(temporal, _frame_candidates(layer, z))
+    else:
+        z = layer.cheap_t.single(z, j, num_frames)  # type: ignore[union-attr]
+    return layer.from_clips(z)
+
+
+def mixed(layer: DynamicConv, x: Tensor, weights: GateWeights) -> Tensor:
+    """The soft sum over all candidates (Eq. 5); in training with hard gates the largest open one, straight-through."""
+    y = layer.dense_class.forward(layer, x)
+    out = layer.mix(y, weights)
+    if not layer.training:
+        return out
+    if layer.config.gate == "hard":
+        hard = GateWeights(*(F.one_hot(largest_open(w).long(), w.shape[1]).to(w.dtype) for w in weights))
+        out = replace_value(out, layer.mix(y.detach(), hard).detach())
+    loss = layer.rebuild_loss(y.detach(), GateWeights(*(w.detach() for w in weights)))
+    return out if loss is None else attach(out, loss)
+
+
+def _choices(layer: DynamicConv, x: Tensor) -> list[Choice]:
+    sizes = (len(layer.candidates.channels), len(layer.candidates.strides))
+    forced = [0 if size == 1 else wanted for size, wanted in zip(sizes, layer.forced, strict=True)]
+    known = [isinstance(wanted, int) for wanted in forced]
+    if all(known):
+        found: list[Tensor] = []
+    elif any(isinstance(wanted, list) for wanted in forced):
+        found = [weights > 0 for weights in layer._weights(x, x.mean((-2, -1)))]
+    else:
+        opened = layer.gate.logits(layer._per_clip(x.mean((-2, -1)))) > 0
+        found = [layer.gate.axis(axis, opened) for axis in AXES]
+    nearest = layer.candidates.nearest
+    return [
+        nearest(AXES[axis], wanted) if known[axis] else found[axis]  # type: ignore[arg-type]
+        for axis, wanted in enumerate(forced)
+    ]
+
+
+def _channel_candidates(layer: DynamicConv, y: Tensor) -> Iterator[Tensor]:
+    """From the full convolution what each candidate makes of it, from the cheapest to the full one."""
+    cheap = layer.cheap_c
+    assert cheap is not None
+    for i, kept in reversed(list(enumerate(layer.candidates.channels[1:], start=1))):
+        yield cheap.single(y[:, :kept] if cheap.is_identity else select(y, 1, cheap.order[:kept]), i)
+    yield y
+
+
+def _frame_candidates(layer: DynamicConv, z: Tensor) -> Iterator[Tensor]:
+    cheap = layer.cheap_t
+    assert cheap is not None
+    for j, stride in reversed(list(enumerate(layer.candidates.strides[1:], start=1))):
+        yield cheap.single(z[:, :, ::stride], j, z.shape[2])
+    yield z
+
+
+def _largest(opened: Tensor, candidates: Iterator[Tensor]) -> Tensor:
+    """Sample by sample the largest candidate that is open, ``opened (N, S)``; the cheapest where none is."""
+    out = next(candidates)
+    shape = (-1, *(1,) * (out.dim() - 1))
+    for index, larger in zip(range(opened.shape[1] - 2, -1, -1), candidates, strict=True):
+        out = torch.where(opened[:, index].view(shape), larger, out)
+    return out
