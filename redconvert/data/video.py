@@ -256,7 +256,10 @@ def _open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
                 raise RedconvertError(f"'{path}' has no video stream (sound only?). Give a file with pictures.")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            yield container, stream
+            try:
+                yield container, stream
+            finally:  # threads that decode ahead may log through Python, and closing would wait for them with the GIL
+                stream.codec_context.flush_buffers()
     except av.FFmpegError as error:
         raise RedconvertError(
             f"'{path}' could not be read as a video: {error}. "

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -308,3 +310,27 @@ def test_missing_pyav_names_the_extra(video: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(MissingExtraError, match=r"redconvert\[video\]"):
         read_video(video)
+
+
+LOGGING = """
+import logging, sys
+import av.logging
+from redconvert.data import load_clip
+
+av.logging.set_level(av.logging.DEBUG)  # what decodes ahead says a lot, through Python
+logging.getLogger("libav").setLevel(100)
+for _ in range(60):
+    load_clip(sys.argv[1], num_frames=2, size=8, position=0.0)
+"""
+
+
+def test_closing_a_video_does_not_wait_for_threads_that_wait_for_python(tmp_path: Path) -> None:
+    noise, path = np.random.default_rng(0), tmp_path / "noise.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height = 160, 128
+        for _ in range(40):
+            image = noise.integers(0, 255, (128, 160, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    subprocess.run([sys.executable, "-c", LOGGING, str(path)], check=True, timeout=60)
