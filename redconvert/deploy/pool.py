@@ -32,7 +32,7 @@ class Pool(nn.Module):
         """Whether this class computes what the module does."""
         if type(module) not in (nn.MaxPool2d, nn.MaxPool3d) or module._forward_hooks or module._forward_pre_hooks:
             return False
-        dilation = module.dilation if isinstance(module.dilation, tuple) else (module.dilation,)
+        dilation = (module.dilation,) if isinstance(module.dilation, int) else module.dilation
         return set(dilation) == {1} and not module.ceil_mode and not module.return_indices
 
     def extra_repr(self) -> str:
@@ -53,5 +53,5 @@ class Pool(nn.Module):
 
 
 def _triple(value: Any, dim: int, time: int) -> tuple[int, int, int]:
-    values = value if isinstance(value, tuple) else (value,) * dim
+    values = (value,) * dim if isinstance(value, int) else value  # PyTorch keeps lists as they were given
     return tuple(values) if dim == 3 else (time, *values)

@@ -175,11 +175,12 @@ class Pathways(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.slow, self.fast = nn.Conv3d(3, 16, 3, padding=1), nn.Conv3d(3, 8, 3, padding=1)
+        self.pool = nn.MaxPool3d([1, 3, 3], [1, 2, 2], [0, 1, 1])
 
     def forward(self, x: list[Tensor]) -> Tensor:
         assert isinstance(x, list)
         x[0] = torch.relu(self.slow(x[0]))
-        x[1] = torch.relu(self.fast(x[1]))
+        x[1] = self.pool(torch.relu(self.fast(x[1])))
         return torch.cat([each.mean((2, 3, 4)) for each in x], dim=1)
 
 
