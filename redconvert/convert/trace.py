@@ -156,6 +156,8 @@ class LayerTracer(fx.Tracer):
         self.leaves = (nn.modules.conv._ConvNd, *_NORMS, *(timm_fx.get_notrace_modules() if timm_fx else ()))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) is nn.Identity and not (m._forward_hooks or m._forward_pre_hooks):
+            return False  # it may hold what is no tensor, such as SlowFast's lists
         return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
