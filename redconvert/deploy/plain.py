@@ -226,7 +226,13 @@ class RebuildFrames(nn.Module):
 
 @wrap
 def take_channels(x: Tensor, index: Tensor, dims: int) -> Tensor:
-    """``x.index_select`` over the channels, in the layout of ``x``; without a batch axis too."""
+    """``x.index_select`` over the channels, in the layout of ``x``; without a batch axis too.
+
+    In graphs over flattened rows: a permutation right behind a concatenation of two convolutions is folded into
+    the next convolution by OpenVINO 2026.4, wrongly.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return x.flatten(-2).index_select(-dims, index).unflatten(-1, x.shape[-2:])
     if x.dim() == dims + 2:
         return select(x, 1, index)
     return x.index_select(-1 - dims, index)
