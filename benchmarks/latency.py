@@ -160,7 +160,7 @@ def _blended(
     begin = time.perf_counter()
     dynamic = redconvert.convert(model, config, example_inputs=one).to(kind)
     for layer in redconvert.layers.dynamic_layers(dynamic).values():
-        for weight in layer.cheap_t.weights:
+        for weight in layer.cheap_t.weights if layer.cheap_t is not None else ():
             nn.init.constant_(weight, 0.5)
     return _decided(dynamic, inputs, "blended", ("frames", "channels and frames"), time.perf_counter() - begin)
 
@@ -177,7 +177,7 @@ def _decided(
         if name not in decisions:
             continue
         with redconvert.forced(dynamic, channel=decision[0], temporal=decision[1]):
-            macs = redconvert.report(dynamic, [inputs], time=False).executed_macs
+            macs = redconvert.report(dynamic, [(inputs,)], time=False).executed_macs
 
         def call(decision: tuple[int, int] = decision) -> Any:
             with asked(fast, *decision):
@@ -201,7 +201,7 @@ def _pruned(dynamic: nn.Module, model: nn.Module, one: Any, inputs: Any, kind: t
         try:
             with redconvert.forced(dynamic, channel=channel, temporal=temporal):
                 cast = [x.to(kind) for x in one] if isinstance(one, list) else one.to(kind)
-                executed = redconvert.report(dynamic, [cast], time=False).executed_macs
+                executed = redconvert.report(dynamic, [(cast,)], time=False).executed_macs
             begin = time.perf_counter()
             # Uniform ratio over layers: MACs fall with its square.
             smaller = _prune(torch_pruning, model, one, executed / dense)

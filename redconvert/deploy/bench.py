@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Bench", "Rival", "Row", "asked", "bench", "decisions"]
 
 SLOWEST = 8  # layers that are named
+LABEL_WIDTH, LABEL_HEIGHT = 0.3, 0.027  # of a picture's text, in its units
 Call = Callable[[], Any]
 
 
@@ -122,23 +123,30 @@ class Bench:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Time against MACs, both as shares of the fastest dense form's, with the line of a share of 1."""
         pyplot = require("matplotlib.pyplot", "plot", "the picture of a benchmark")
-        figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
-        dense = max(row.macs for row in self.rows)
+        figure, axes = pyplot.subplots(figsize=(8, 6), layout="constrained")
+        dense = next(row.macs for row in self.rows if row.name == self.fastest_dense)
         axes.plot([0, 1], [0, 1], color="gray", linestyle=":", label="a share of 1")
         for kind, marker in (("dense", "s"), ("pruned", "x"), ("dynamic", "o")):
             chosen = [row for row in self.rows if row.kind == kind]
             if chosen:
                 axes.plot([r.macs / dense for r in chosen], [r.ratio for r in chosen], marker, label=kind)
-            for row in chosen:
-                axes.annotate(
-                    row.name, (row.macs / dense, row.ratio), fontsize=7, xytext=(4, 3), textcoords="offset points"
-                )
+        for x, y, text in _spread_labels([(row.macs / dense, row.ratio, row.name) for row in self.rows]):
+            axes.text(x + 0.015, y, text, fontsize=7, verticalalignment="center")
         axes.set(xlabel="MACs, of dense", ylabel="time, of the fastest dense form", title=self.model)
         axes.set_xlim(0, 1.25)
         axes.set_ylim(bottom=0)
         axes.legend()
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
+
+
+def _spread_labels(labels: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Labels at (x, y), moved up where one beside would hide them."""
+    placed: list[tuple[float, float, str]] = []
+    for x, y, text in sorted(labels, key=lambda label: label[1]):
+        near = [other for left, other, _ in placed if abs(left - x) < LABEL_WIDTH]
+        placed.append((x, max([y, *(other + LABEL_HEIGHT for other in near)]), text))
+    return placed
 
 
 def bench(
@@ -211,7 +219,7 @@ def decisions(fast: Deployed, inputs: Any) -> Iterator[tuple[str, Callable[[], A
     costs: dict[tuple[int, int], float] = {}
     for decision in possible.values():
         with forced(fast.network, channel=decision[0], temporal=decision[1]):
-            found = report(fast.network, [one], time=False)
+            found = report(fast.network, [(one,)], time=False)
         costs[decision], dense = found.executed_macs, found.dense_macs
     yield "dense", lambda: disabled(fast), dense
     for name, (i, j) in possible.items():
@@ -265,7 +273,7 @@ def _losers(fast: Deployed, inputs: Any) -> tuple[dict[str, Any], ...]:
     candidates = [layer.candidates for layer in dynamic_layers(fast).values()]
     axis = "channel" if max(len(each.channels) for each in candidates) > 1 else "temporal"
     with forced(fast, **{axis: 1}):
-        found = report(fast, inputs if not isinstance(inputs, list) else [inputs], repeats=3, timed_batches=1)
+        found = report(fast, [(inputs,)], repeats=3, timed_batches=1)
     rows: list[dict[str, Any]] = []
     for layer in found.layers:
         if layer.dense_ms and layer.dynamic_ms and layer.dense_macs:

@@ -200,3 +200,16 @@ def test_a_list_of_pathways():
     assert without_example.source == "layers"
     with torch.no_grad():
         assert error(without_example(clips), fast(clips)) < 2e-5
+
+
+def test_a_list_of_pathways_is_benchmarked():
+    torch.manual_seed(0)
+    clips = [torch.randn(1, 3, 4, 8, 8), torch.randn(1, 3, 8, 8, 8)]
+    rows = {
+        row.name: row
+        for row in redconvert.bench(dynamic_from(Pathways(), clips), clips, repeats=1, compiled=False).rows
+    }
+    assert {"eager", "channels last", "deployed, dense", "deployed, channels and frames"} <= rows.keys()
+    dense = 27 * 3 * (16 * 4 + 8 * 8) * 64
+    assert rows["eager"].macs == rows["deployed, dense"].macs == dense
+    assert dense / 4 < rows["deployed, channels and frames"].macs < dense / 2
