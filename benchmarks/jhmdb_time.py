@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from common import RESULTS, environment, write
 from torch import Tensor, nn
-from torch._inductor import config as inductor
 
 import redconvert
 from redconvert import zoo
 from redconvert.cost import interleaved
 from redconvert.cost.clock import share
 from redconvert.data import JHMDB
+from redconvert.deploy.forms import compiled_network, in_channels_last
 
 CLIPS, REPEATS = 32, 3
 
@@ -36,8 +36,7 @@ def time_row(base: nn.Module, folder: Path, clips: list[Tensor]) -> dict[str, An
     dynamic = redconvert.from_pretrained(base, folder).eval()
     macs = redconvert.report(dynamic, clips, time=False)
     fast = redconvert.deploy(dynamic, clips[0])
-    inductor.freezing = True
-    compiled = torch.compile(copy.deepcopy(base).to(memory_format=torch.channels_last_3d))
+    compiled = compiled_network(*in_channels_last(copy.deepcopy(base), clips[0]))
     seconds: dict[str, list[float]] = {}
     for clip in clips:
         calls: dict[str, Callable[[], Any]] = {

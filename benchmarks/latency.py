@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import redconvert
 from redconvert.deploy.bench import Bench, Rival, Row, asked, bench
-from redconvert.deploy.forms import DECISIONS, frozen_macs, possible_decisions
+from redconvert.deploy.forms import DECISIONS, compiled_network, frozen_macs, in_channels_last, possible_decisions
 
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "8000000000",
@@ -193,8 +193,6 @@ def _pruned(dynamic: nn.Module, model: nn.Module, one: Any, inputs: Any, kind: t
         import torch_pruning
     except ImportError:
         return {}
-    from torch._inductor import config
-
     found = {}
     dense = redconvert.cost.dense_macs(model, one).total
     for label, (channel, temporal) in {"channels": (1, 0), "channels and frames": (1, 1)}.items():
@@ -206,12 +204,9 @@ def _pruned(dynamic: nn.Module, model: nn.Module, one: Any, inputs: Any, kind: t
             # Uniform ratio over layers: MACs fall with its square.
             smaller = _prune(torch_pruning, model, one, executed / dense)
             macs = redconvert.cost.dense_macs(smaller, one).total
-            layout = torch.channels_last_3d if _is_video(inputs) else torch.channels_last
-            smaller = smaller.to(kind).to(memory_format=layout)
-            config.freezing = True
-            compiled = torch.compile(smaller)
+            smaller, _ = in_channels_last(smaller.to(kind), inputs)
             with torch.no_grad():
-                compiled(inputs)
+                compiled = compiled_network(smaller, inputs)
         except Exception as error:
             print(f"Torch-Pruning, {label}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
             continue

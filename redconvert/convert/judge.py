@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from ..config import ConvertConfig, LayerConfig
 from ..errors import RedconvertError
 from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d
+from ..layers.candidates import Candidates
 from ..layers.conv import ADDED_ATTRIBUTES
 from ..layers.macs import LayerMacs, layer_macs
 from ..layers.recipes import recipe_of
@@ -124,12 +125,10 @@ def judge(
         return replace(
             verdict, reason=f"{what}: its lowest candidate saves {saving:.0%}, min_saving is {config.min_saving:.0%}"
         )
-    return _accepted(replace(verdict, reason=note, num_frames=num_frames), module, chosen)
+    return _accepted(replace(verdict, reason=note, num_frames=num_frames), chosen, candidates, macs)
 
 
-def _accepted(verdict: Verdict, module: nn.Conv2d | nn.Conv3d, chosen: LayerConfig) -> Verdict:
-    candidates = DynamicConv.plan_candidates(module, chosen, verdict.num_frames)
-    macs = _probe(module, chosen, verdict.num_frames, verdict.facts)
+def _accepted(verdict: Verdict, chosen: LayerConfig, candidates: Candidates, macs: LayerMacs) -> Verdict:
     return replace(
         verdict,
         converted=True,
@@ -162,7 +161,9 @@ def reconsider(
         return replace(dense, dense_macs=verdict.dense_macs, times=times)
     (left,) = savings.keys() - failed
     kept = replace(verdict.config, channel=left == "channel", temporal=left == "temporal")
-    return _accepted(replace(verdict, reason=f"{_AXES[left]} only, {reason}"), module, kept)
+    candidates = DynamicConv.plan_candidates(module, kept, verdict.num_frames)
+    macs = _probe(module, kept, verdict.num_frames, verdict.facts)
+    return _accepted(replace(verdict, reason=f"{_AXES[left]} only, {reason}"), kept, candidates, macs)
 
 
 def obstacle(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts) -> str | None:

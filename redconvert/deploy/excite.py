@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from . import vectors
 from .frames import Frames, full
-from .pack import ACTIVATIONS, to_rows
+from .pack import to_rows
 from .unit import Batch
 
 __all__ = ["Excite", "Squeeze"]
@@ -49,7 +49,7 @@ class Excite(nn.Module):
         held, by = x.held if isinstance(x, Frames) else x, full(scale)
         clip = held.unsqueeze(2) if held.dim() == 4 else held
         if not self._serves(clip, by):
-            return ACTIVATIONS[self.activation](full(x) * by)
+            return vectors.ACTIVATIONS[self.activation](full(x) * by)
         pooled = None
         if self.feeds_gate and self.batch.gates_run and held.dim() == 5:
             pooled = clip.new_zeros(clip.shape[0], clip.shape[2], clip.shape[1])

@@ -20,7 +20,16 @@ from ..layers import DynamicConv, Observation, dynamic_layers, forced, observed
 from ..layers.macs import LayerMacs, layer_macs
 from .frozen import freeze
 
-__all__ = ["DECISIONS", "Form", "dense_forms", "dynamic_forms", "frozen_macs", "possible_decisions"]
+__all__ = [
+    "DECISIONS",
+    "Form",
+    "compiled_network",
+    "dense_forms",
+    "dynamic_forms",
+    "frozen_macs",
+    "in_channels_last",
+    "possible_decisions",
+]
 
 DECISIONS = {"all open": (0, 0), "channels": (1, 0), "frames": (0, 1), "channels and frames": (1, 1)}
 Call = Callable[[], Any]
@@ -38,14 +47,14 @@ class Form:
 def dense_forms(dynamic: nn.Module, inputs: Any, compiled: bool) -> Iterator[tuple[str, Form]]:
     """The original network: as it was, in channels-last memory, with norms folded, compiled. What fails is left out."""
     eager = revert(copy.deepcopy(dynamic)).eval()
-    last, laid_out = _laid_out(copy.deepcopy(eager), inputs)
+    last, laid_out = in_channels_last(copy.deepcopy(eager), inputs)
     made: dict[str, tuple[Callable[[], Any], Any]] = {
         "eager": (lambda: eager, inputs),
         "channels last": (lambda: last, laid_out),
         "folded": (lambda: _folded(last), laid_out),
     }
     if compiled:
-        made["compiled"] = (lambda: _compiled(last, laid_out), laid_out)
+        made["compiled"] = (lambda: compiled_network(last, laid_out), laid_out)
     for name, (make, given) in made.items():
         yield from _started(name, make, given, None)
 
@@ -64,8 +73,8 @@ def dynamic_forms(dynamic: nn.Module, inputs: Any, one: Any, dense_macs: float) 
             macs = frozen_macs(dynamic, one, decision, dense_macs)
             networks[f"frozen, {name}"] = partial(freeze, dynamic, decision), macs
     for name, (build, macs) in networks.items():
-        network, given = _laid_out(build().eval(), inputs)
-        make = partial(_compiled, network, given)
+        network, given = in_channels_last(build().eval(), inputs)
+        make = partial(compiled_network, network, given)
         yield from _started(f"compiled, {name}", make, given, macs)
 
 
@@ -120,7 +129,7 @@ def _folded(network: nn.Module) -> nn.Module:
     return fuse(copy.deepcopy(network))
 
 
-def _compiled(network: nn.Module, inputs: Any) -> Any:
+def compiled_network(network: nn.Module, inputs: Any) -> Any:
     """Compiled and called once, since freezing (on a CPU) is a setting of the process that is to hold here alone."""
     from torch._inductor import config
 
@@ -130,8 +139,8 @@ def _compiled(network: nn.Module, inputs: Any) -> Any:
     return found
 
 
-def _laid_out(network: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
-    """Both in channels-last memory."""
+def in_channels_last(network: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
+    """The network, which is changed, and what it takes, both in channels-last memory."""
     clips = any(isinstance(module, nn.Conv3d) for module in network.modules())
     layout, dim = (torch.channels_last_3d, 5) if clips else (torch.channels_last, 4)
 

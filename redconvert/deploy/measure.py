@@ -84,9 +84,7 @@ def _deployed(conv: nn.Module, activation: str, x: Tensor) -> Callable[[], Any]:
     filter = filter_of(conv)
     if filter is None:
         return lambda: conv(x)
-    weight = filter.weight
-    norm = torch.ones(len(weight), dtype=weight.dtype, device=weight.device), weight.new_zeros(len(weight))
-    unit = Unit(conv, filter, norm, activation, Batch(always_ask=True))
+    unit = Unit(conv, filter, None, activation, Batch(always_ask=True))
     return lambda: full(on_clips(unit, x))
 
 

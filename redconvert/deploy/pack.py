@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,15 +12,10 @@ from torch.nn import functional as F
 
 from . import vectors
 from .kernels import pool_into
+from .vectors import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "Filter", "PackedConv", "channels_last", "from_rows", "to_rows"]
+__all__ = ["Filter", "PackedConv", "channels_last", "from_rows", "to_rows"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu_,
-    "swish": lambda x: F.silu(x, inplace=True),
-    "hardswish": lambda x: F.hardswish(x, inplace=True),
-}
 FORM_NAMES = ("conv", "frames", "line", "rows", "channels")
 PACKED_TYPES = (torch.float32, torch.bfloat16)
 TRIALS = 3

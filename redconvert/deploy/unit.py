@@ -15,8 +15,9 @@ from ..layers.routing import FULL, group_samples, route, select
 from .decide import FoldedGate
 from .frames import Frames, full
 from .kernels import Assembly, Filling
-from .pack import ACTIVATIONS, Filter, PackedConv, from_rows, to_rows
+from .pack import Filter, PackedConv, from_rows, to_rows
 from .taps import Reading, reading
+from .vectors import ACTIVATIONS
 
 __all__ = ["Batch", "Seen", "Unit"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,8 +11,14 @@ from torch.nn import functional as F
 
 from .kernels import Triple, addresses, compiled, pool_into
 
-__all__ = ["CODES", "depthwise", "rescale", "runs_in_c"]
+__all__ = ["ACTIVATIONS", "CODES", "depthwise", "rescale", "runs_in_c"]
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu_,
+    "swish": lambda x: F.silu(x, inplace=True),
+    "hardswish": lambda x: F.hardswish(x, inplace=True),
+}
 CODES = {"none": 0, "relu": 1, "swish": 2}  # activations that vectors.c knows
 LANES, PERIOD = 16, 16384  # as in vectors.c
 
@@ -40,7 +47,7 @@ def depthwise(
     rows, kernel = x.permute(0, 2, 3, 4, 1), tuple(weight.shape[:3])
     if library is None:
         y = F.conv3d(x, weight.permute(3, 0, 1, 2).unsqueeze(1), bias, stride, padding, groups=x.shape[1])
-        out = pool_into(pooled, _act(y, activation).permute(0, 2, 3, 4, 1).contiguous())
+        out = pool_into(pooled, ACTIVATIONS[activation](y).permute(0, 2, 3, 4, 1).contiguous())
     else:
         geometry = zip(x.shape[2:], kernel, stride, padding, strict=True)
         sizes = [(n + 2 * p - k) // s + 1 for n, k, s, p in geometry]
@@ -60,14 +67,10 @@ def rescale(x: Tensor, scale: Tensor, activation: str, overwrite: bool = False, 
     library = compiled() if runs_in_c(x, x.shape[1]) else None
     rows, by = x.permute(0, 2, 3, 4, 1), scale.reshape(len(x), 1, 1, 1, -1)
     if library is None:
-        out = pool_into(pooled, _act(rows * by, activation))
+        out = pool_into(pooled, ACTIVATIONS[activation](rows * by))
     else:
         N, T, H, W, C = rows.shape
         out = rows if overwrite else torch.empty_like(rows)
         sizes = N, T, H * W, C
         library.rescale_f32(*addresses(rows, by), CODES[activation], *sizes, *addresses(out, pooled))
     return out.permute(0, 4, 1, 2, 3)
-
-
-def _act(x: Tensor, activation: str) -> Tensor:
-    return {"none": lambda: x, "relu": x.relu_, "swish": lambda: F.silu(x, inplace=True)}[activation]()
