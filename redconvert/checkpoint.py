@@ -28,6 +28,7 @@ from .errors import RedconvertError
 from .files import write_bytes_atomic, write_text_atomic
 from .inputs import unwrapped
 from .layers import DynamicConv, dynamic_layers
+from .layers.absorb import link
 from .weights import (
     check_fit,
     check_values,
@@ -62,6 +63,8 @@ class SavedLayer:
     feeds_norm: bool
     conv: dict[str, Any]
     aliases: tuple[str, ...]
+    reader: str | None = None  # the layer that absorbs Phi_c
+    reads: tuple[int, ...] | None = None  # channels of each candidate of the layer that this one reads
 
     def convert(self, conv: nn.Module, name: str) -> DynamicConv:
         return convert_layer(
@@ -71,6 +74,8 @@ class SavedLayer:
             num_frames=self.num_frames,
             gate_frames=self.gate_frames,
             feeds_norm=self.feeds_norm,
+            hands_over=self.reader is not None,
+            reads=self.reads,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +86,8 @@ class SavedLayer:
             "feeds_norm": self.feeds_norm,
             "conv": self.conv,
             "aliases": list(self.aliases),
+            "reader": self.reader,
+            "reads": None if self.reads is None else list(self.reads),
         }
 
     @classmethod
@@ -96,6 +103,8 @@ class SavedLayer:
             bool(values["feeds_norm"]),
             dict(values["conv"]),
             tuple(values["aliases"]),
+            values.get("reader"),  # older saves have neither
+            None if values.get("reads") is None else tuple(map(int, values["reads"])),
         )
 
 
@@ -120,7 +129,9 @@ def save_pretrained(dynamic: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not isinstance(dynamic, nn.Module):
         raise RedconvertError(f"save_pretrained takes a converted torch.nn.Module, not {type(dynamic).__name__}")
     model = unwrapped(dynamic)
-    layers = {without_compile(name): _describe(name, layer, model) for name, layer in dynamic_layers(model).items()}
+    converted = dynamic_layers(model)
+    readers = {layer.reads_from: without_compile(name) for name, layer in converted.items() if layer.reads_from}
+    layers = {without_compile(name): _describe(name, layer, model, readers) for name, layer in converted.items()}
     tensors, shared = _for_disk(model)
     target = Path(folder)
     _prepare(target)
@@ -147,7 +158,7 @@ def save_pretrained(dynamic: nn.Module, folder: str | os.PathLike[str]) -> None:
     _remove_old(target, keep=weights)
 
 
-def _describe(name: str, layer: DynamicConv, model: nn.Module) -> SavedLayer:
+def _describe(name: str, layer: DynamicConv, model: nn.Module, readers: Mapping[Any, str]) -> SavedLayer:
     others = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
     return SavedLayer(
         layer.config,
@@ -156,6 +167,8 @@ def _describe(name: str, layer: DynamicConv, model: nn.Module) -> SavedLayer:
         layer.feeds_norm,
         _conv_facts(layer),
         tuple(without_compile(other) for other in others if other != name),
+        readers[layer.hands_to] if layer.hands_to is not None else None,
+        layer.cheap_in.channels if layer.cheap_in is not None else None,
     )
 
 
@@ -276,6 +289,9 @@ def from_pretrained(model: M, folder: str | os.PathLike[str], *, inplace: bool =
     try:
         for name, layer in layers.items():
             layer.convert(modules[name], name)
+        for name, layer in layers.items():
+            if layer.reader is not None:
+                link(modules[name], modules[layer.reader])
     except BaseException:
         if any(isinstance(module, DynamicConv) for module in target.modules()):
             revert(target)
@@ -367,6 +383,8 @@ def _check_layers(model: nn.Module, layers: dict[str, SavedLayer], folder: Path)
                 f"{what}: layer '{name}' is also called {names[conv][1:] or 'nothing else'}, the saved one "
                 f"{list(layer.aliases) or 'nothing else'}. Share the same layers as the network that was saved"
             )
+        if layer.reader is not None and (layer.reader not in layers or layers[layer.reader].reads is None):
+            raise RedconvertError(f"{what}: layer '{name}' names '{layer.reader}' as its reader, which is none")
         reason = obstacle(conv, ConvFacts())  # type: ignore[arg-type]
         if reason:
             raise RedconvertError(f"{what}: layer '{name}' cannot become dynamic: {reason}")

@@ -36,6 +36,9 @@ class LayerConfig:
         cheap: how dropped channels are rebuilt from the kept ones: ``"pointwise"`` (a 1x1 convolution),
             ``"depthwise"`` (3x3 on one source channel each), ``"scale"`` (one source channel each), or
             ``"auto"``: pointwise where it costs at most 10 % of what it saves, else scale.
+        absorb: where one convolution alone reads the channels, behind norm, activation or pooling, do not rebuild them:
+            that convolution computes from those that are there, with a weight of its own for each candidate
+            (`redconvert.layers.Absorbed`). It saves input channels, too. Needs ``gate="hard"``.
         shares: of its channels that the reduced candidates compute, falling, as in ``(0.75, 0.5)``, rounded up.
             ``None``: 1/2, 1/4, ... as ``search_space`` says, which then counts candidates in time alone.
         align: channel counts are rounded up to a multiple of this (kernels work in blocks of 8 or 16).
@@ -53,6 +56,7 @@ class LayerConfig:
     channel: bool = True
     gate: str = "hard"
     cheap: str = "auto"
+    absorb: bool = False
     shares: Sequence[float] | None = None
     align: int = 1
     normalize: bool = True
@@ -66,11 +70,15 @@ class LayerConfig:
         _check_int(self, "gate_hidden", minimum=1)
         if self.gate_frames is not None:
             _check_int(self, "gate_frames", minimum=1)
-        for name in ("temporal", "channel", "normalize"):
+        for name in ("temporal", "channel", "normalize", "absorb"):
             if not isinstance(getattr(self, name), bool):
                 raise RedconvertError(f"{name} must be True or False, not {getattr(self, name)!r}")
         _check_choice(self, "gate", GATES)
         _check_choice(self, "cheap", CHEAP)
+        if self.absorb and self.gate == "soft":
+            raise RedconvertError(
+                "absorb=True needs gate='hard': a soft gate mixes candidates, and their sum has all channels"
+            )
         if self.shares is not None:
             object.__setattr__(self, "shares", _checked_shares(self.shares))
         if not isinstance(self.rebuild_weight, int | float) or not 0 <= self.rebuild_weight < float("inf"):

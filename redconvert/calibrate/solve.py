@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layers.cheap import CheapOp, FrameRebuild
+from ..layers import FrameRebuild
+from ..layers.cheap import CheapOp
 from .statistics import ChannelMoments, FrameMoments
 
 __all__ = ["solve_channels", "solve_frames"]

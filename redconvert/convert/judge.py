@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch.nn.utils import parametrize
 from ..config import ConvertConfig, LayerConfig
 from ..errors import RedconvertError
 from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d
+from ..layers.base import ADDED_ATTRIBUTES
 from ..layers.candidates import Candidates
-from ..layers.conv import ADDED_ATTRIBUTES
 from ..layers.macs import LayerMacs, layer_macs
 from ..layers.recipes import recipe_of
 from .trace import ConvFacts
 
-__all__ = ["CandidateTimes", "Verdict", "judge", "obstacle", "reconsider"]
+__all__ = ["CandidateTimes", "Verdict", "judge", "obstacle", "pair", "reconsider"]
 
 # Shapes that stand in where no example says how large a layer's input is: they only decide min_saving.
 NOMINAL_FRAMES, NOMINAL_SIZE = 8, 28
@@ -58,6 +59,7 @@ class Verdict:
         dense_macs, lowest_macs: per sample and forward pass, gate and cheap operations counted in the
             lowest; None where no example says at which shapes it runs.
         times: of its candidates on this device, where they were measured.
+        reader: name of the convolution that absorbs its Phi_c and reads what was computed alone.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Verdict:
     dense_macs: int | None = None
     lowest_macs: int | None = None
     times: CandidateTimes | None = None
+    reader: str | None = None
 
 
 # -- one layer -----------------------------------------------------------------------------------------
@@ -166,6 +169,35 @@ def reconsider(
     return _accepted(replace(verdict, reason=f"{_AXES[left]} only, {reason}"), kept, candidates, macs)
 
 
+def pair(verdicts: tuple[Verdict, ...], modules: Mapping[str, Any]) -> tuple[Verdict, ...]:
+    """The verdicts, those that ask to be absorbed and can be with the name of their reader."""
+    found = {verdict.name: verdict for verdict in verdicts}
+    readers = {name: reader for name, verdict in found.items() if (reader := _reader(verdict, found, modules))}
+    sources = {reader: name for name, reader in readers.items()}
+    for name in {*readers, *sources}:
+        verdict, source = found[name], found.get(sources.get(name, ""))
+        assert verdict.config is not None
+        reads = None if source is None else source.channels
+        macs = _probe(modules[name], verdict.config, verdict.num_frames, verdict.facts, name in readers, reads)
+        lowest = None if verdict.dense_macs is None else macs.lowest
+        found[name] = replace(verdict, reader=readers.get(name), lowest_macs=lowest)
+    return tuple(found[verdict.name] for verdict in verdicts)
+
+
+def _reader(verdict: Verdict, others: Mapping[str, Verdict], modules: Mapping[str, Any]) -> str | None:
+    """The convolution that can do without the channels that this one does not compute."""
+    name = verdict.facts.reader
+    if not (verdict.converted and verdict.config is not None and verdict.config.absorb and len(verdict.channels) > 1):
+        return None
+    reader = others.get(name or "")
+    if reader is None or not reader.converted or reader.config is None or reader.config.gate != "hard":
+        return None
+    ours, theirs = modules[verdict.name], modules[reader.name]
+    alike = isinstance(ours, nn.Conv3d) == isinstance(theirs, nn.Conv3d) and verdict.num_frames == reader.num_frames
+    once = verdict.facts.calls == reader.facts.calls == 1 and not verdict.aliases and not reader.aliases
+    return name if alike and once and ours.groups == theirs.groups == 1 else None
+
+
 def obstacle(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts) -> str | None:
     """Why this convolution cannot become dynamic whatever the rules say."""
     base = nn.Conv3d if isinstance(module, nn.Conv3d) else nn.Conv2d
@@ -202,7 +234,14 @@ def _dense_macs(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts, config: Convert
     return module.out_channels * positions * per_output * per_sample * (facts.calls or 1)
 
 
-def _probe(module: nn.Conv2d | nn.Conv3d, config: LayerConfig, num_frames: int | None, facts: ConvFacts) -> LayerMacs:
+def _probe(
+    module: nn.Conv2d | nn.Conv3d,
+    config: LayerConfig,
+    num_frames: int | None,
+    facts: ConvFacts,
+    hands_over: bool = False,
+    reads: Sequence[int] | None = None,
+) -> LayerMacs:
     """MACs of the dynamic layer that this convolution would become, from a copy without numbers."""
     three_d = isinstance(module, nn.Conv3d)
     shape_in, shape_out = facts.input_shape, facts.output_shape
@@ -218,12 +257,14 @@ def _probe(module: nn.Conv2d | nn.Conv3d, config: LayerConfig, num_frames: int |
         "bias": module.bias is not None,
         "device": "meta",
     }
-    if three_d:
-        probe: DynamicConv = DynamicConv3d(
-            module.in_channels, module.out_channels, **arguments, config=config, gate_frames=shape_in[-3]
-        )
-    else:
-        probe = DynamicConv2d(
-            module.in_channels, module.out_channels, **arguments, config=config, num_frames=num_frames
-        )
+    kind: Any = nn.Conv3d if three_d else nn.Conv2d
+    probe = kind(module.in_channels, module.out_channels, **arguments)
+    probe.__class__ = DynamicConv3d if three_d else DynamicConv2d
+    probe.make_dynamic(
+        config,
+        num_frames=num_frames,
+        gate_frames=shape_in[-3] if three_d else None,
+        hands_over=hands_over,
+        reads=reads,
+    )
     return layer_macs(probe, shape_in, shape_out)

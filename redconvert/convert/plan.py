@@ -18,7 +18,7 @@ from ..config import ConvertConfig, LayerConfig, Pattern
 from ..errors import RedconvertError
 from ..inputs import tensors_in
 from ..layers import DynamicConv
-from .judge import Verdict, judge, reconsider
+from .judge import Verdict, judge, pair, reconsider
 from .trace import Trace, trace
 
 __all__ = ["Plan", "check_model", "make_plan", "matches"]
@@ -75,7 +75,7 @@ class Plan:
         width = max([len(verdict.name) for verdict in self.verdicts], default=4)
         lines = [
             f"{verdict.name:<{width}}  {verdict.kind:<22} {'converted' if verdict.converted else 'skipped':<9} "
-            f"{verdict.reason}".rstrip()
+            f"{_remark(verdict)}".rstrip()
             for verdict in self.verdicts
         ]
         lines += [
@@ -83,6 +83,11 @@ class Plan:
         ]
         lines.append(f"{self.model}: {len(self.converted)} of {len(self.verdicts)} converted, read by {self.source}")
         return "\n".join(lines)
+
+
+def _remark(verdict: Verdict) -> str:
+    absorbed = f"absorbed by {verdict.reader}" if verdict.reader else ""
+    return "; ".join(filter(None, (verdict.reason, absorbed)))
 
 
 def make_plan(
@@ -133,6 +138,7 @@ def make_plan(
     _check_finite(verdicts, layers)
     if measure:
         verdicts = _measured(verdicts, layers, config, rules, progress)
+    verdicts = pair(verdicts, {name: module for name, (module, _) in layers.items()})
     return Plan(type(model).__name__, traced.source, verdicts, tuple(traced.functional), traced.problem)
 
 

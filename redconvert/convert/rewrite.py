@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,7 +11,8 @@ from torch import nn
 from ..config import ConvertConfig, LayerConfig
 from ..errors import RedconvertError
 from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d, dynamic_layers
-from ..layers.conv import ADDED_ATTRIBUTES, ADDED_MODULES
+from ..layers.absorb import link
+from ..layers.base import ADDED_ATTRIBUTES, ADDED_MODULES
 from .plan import make_plan
 
 __all__ = ["convert", "convert_layer", "restore_layer", "revert"]
@@ -57,6 +59,7 @@ def convert(
         raise RedconvertError(f"nothing to convert in {plan.model}: {why}")
     target = model if inplace else copied(model)
     modules = dict(target.named_modules())
+    channels = {verdict.reader: verdict.channels for verdict in plan.converted if verdict.reader is not None}
     done: list[DynamicConv] = []
     try:
         for verdict in plan.converted:
@@ -69,8 +72,13 @@ def convert(
                     num_frames=verdict.num_frames,
                     gate_frames=verdict.facts.clip_frames,
                     feeds_norm=verdict.facts.feeds_norm,
+                    hands_over=verdict.reader is not None,
+                    reads=channels.get(verdict.name),
                 )
             )
+        for verdict in plan.converted:
+            if verdict.reader is not None:
+                link(modules[verdict.name], modules[verdict.reader])
     except BaseException:
         for layer in done:
             restore_layer(layer)
@@ -86,12 +94,19 @@ def convert_layer(
     num_frames: int | None = None,
     gate_frames: int | None = None,
     feeds_norm: bool = False,
+    hands_over: bool = False,
+    reads: Sequence[int] | None = None,
 ) -> DynamicConv:
-    """Turn one Conv2d or Conv3d dynamic in place; it stays the same object with the same parameters."""
+    """Turn one Conv2d or Conv3d dynamic in place; it stays the same object with the same parameters.
+
+    One that ``hands_over`` its channels, or ``reads`` those of another, needs `redconvert.layers.absorb.link` after.
+    """
     conv.__class__ = _dynamic_class(type(conv))
     assert isinstance(conv, DynamicConv)
     try:
-        conv.make_dynamic(config, name=name, num_frames=num_frames, gate_frames=gate_frames)
+        conv.make_dynamic(
+            config, name=name, num_frames=num_frames, gate_frames=gate_frames, hands_over=hands_over, reads=reads
+        )
         if feeds_norm:
             conv.feeds_norm = True
     except BaseException:

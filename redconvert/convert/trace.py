@@ -53,6 +53,13 @@ _TRANSPARENT_NAMES = {
     *("float", "getitem", "interpolate", "mean", "permute", "reshape", "sigmoid", "softmax", "squeeze", "transpose"),
     *("unsqueeze", "upsample", "view"),
 }
+# What treats each channel alone, so that missing ones are missed behind it and no sooner.
+_CHANNELWISE_MODULES = (
+    *(nn.BatchNorm2d, nn.BatchNorm3d, nn.Identity, nn.modules.dropout._DropoutNd),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Sigmoid, nn.Tanh),
+    *(nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d, nn.AvgPool3d),
+)
+_CHANNELWISE_NAMES = frozenset({"relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "mish"})
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _FUNCTIONAL_CONVS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"})
 
@@ -68,6 +75,8 @@ class ConvFacts:
         norm: name of the norm that alone reads its result.
         feeds_norm: only norms read its result, so nothing changes it in place.
         is_output: its result is the network's prediction.
+        reader: name of the one convolution that reads its channels, behind nothing but norms, activations, pooling and
+            dropout, which treat each channel alone.
     """
 
     source: str = "module tree"
@@ -77,6 +86,7 @@ class ConvFacts:
     norm: str | None = None
     feeds_norm: bool = False
     is_output: bool = False
+    reader: str | None = None
 
     @property
     def clip_frames(self) -> int | None:
@@ -232,7 +242,34 @@ def _read_graph(result: Trace, root: nn.Module, prefix: str, graph: fx.Graph, na
             feeds_norm=feeds_norm,
             norm=f"{prefix}{norms.pop()}" if feeds_norm and len(norms) == 1 else None,
             is_output=any(node in outputs for node in nodes),
+            reader=_reader(nodes[0], modules, names) if len(nodes) == 1 else None,
         )
+    for name, facts in result.facts.items():  # a convolution that runs twice reads several tensors
+        if facts.reader is not None and len(calls.get(facts.reader, ())) != 1:
+            result.facts[name] = replace(facts, reader=None)
+
+
+def _reader(conv: fx.Node, modules: dict[str, nn.Module], names: dict[Any, str]) -> str | None:
+    """The convolution that alone reads a result, behind what treats each channel alone."""
+    node = conv
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if module in names:
+            return names[module]
+        if not (_is_channelwise(module) if module is not None else _calls_channelwise(node)):
+            return None
+    return None
+
+
+def _is_channelwise(module: nn.Module) -> bool:
+    watched = module._forward_hooks or module._forward_pre_hooks
+    return isinstance(module, _CHANNELWISE_MODULES) and not watched
+
+
+def _calls_channelwise(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1 and name in _CHANNELWISE_NAMES
 
 
 def _owner(node: fx.Node) -> str:

@@ -78,7 +78,7 @@ class MacsMeter:
         added = {key: [0.0] * num_samples for key in ("dense", "executed", "cheap", "gate")}
         for seen in observations:
             macs, executed = layer_macs(layer, seen.input_shape, seen.output_shape), executed_macs(layer, seen)
-            conv = [macs.conv[decision.channel][decision.temporal] for decision in seen.decisions]
+            conv = [macs.convolved(d.channel, d.temporal, d.source) for d in seen.decisions]
             values = {
                 "dense": [macs.dense] * len(executed),
                 "executed": executed,

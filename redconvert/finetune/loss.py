@@ -14,7 +14,7 @@ from ..errors import RedconvertError
 from ..inputs import tensors_in
 from ..layers import DynamicConv, Observation, dynamic_layers
 from ..layers.gate import largest_open, processes
-from ..layers.macs import executed_macs, layer_macs
+from ..layers.macs import LayerMacs, executed_macs, layer_macs
 
 __all__ = ["EfficiencyLoss", "rows_of"]
 
@@ -182,16 +182,22 @@ def _attach(dynamic: nn.Module, tape: _Tape) -> Callable[[], None]:
 def _call_cost(layer: DynamicConv, seen: Observation) -> tuple[Tensor, float]:
     """MACs of every decision of one call, hard in value and soft in gradient, and the dense MACs of all together."""
     macs, (channel, temporal) = layer_macs(layer, seen.input_shape, seen.output_shape), seen.weights
-    indices = [range(len(row)) for row in (macs.conv, macs.conv[0])]
     dtype = torch.promote_types(channel.dtype, torch.float32)
-    table = channel.new_tensor([[macs.executed(i, j) for j in indices[1]] for i in indices[0]], dtype=dtype)
+    tables = channel.new_tensor([_table(macs, source) for source in range(len(macs.reads))], dtype=dtype)
+    # Of the layer that is read one candidate is certain where that one tells no weights.
+    source = channel.new_ones(len(channel), 1) if seen.source is None else seen.source
     with torch.autocast(channel.device.type, enabled=False):  # MACs are larger than any float16
-        soft = ((channel.to(dtype) @ table) * temporal.to(dtype)).sum(1)
+        soft = torch.einsum("ns,nc,nt,sct->n", source.to(dtype), channel.to(dtype), temporal.to(dtype), tables)
     if any(decision.blend for decision in seen.decisions):
-        hard = table.new_tensor(executed_macs(layer, seen))
+        hard = tables.new_tensor(executed_macs(layer, seen))
     else:
-        hard = table[largest_open(channel).long(), largest_open(temporal).long()]
+        hard = tables[largest_open(source).long(), largest_open(channel).long(), largest_open(temporal).long()]
     return soft + (hard - soft).detach(), float(macs.dense) * len(seen.decisions)
+
+
+def _table(macs: LayerMacs, source: int) -> list[list[int]]:
+    """What every decision costs, ``[S_c][S_t]``."""
+    return [[macs.executed(i, j, source) for j in range(len(row))] for i, row in enumerate(macs.conv)]
 
 
 def _per_sample(costs: Tensor, num_samples: int) -> Tensor:

@@ -1,14 +1,18 @@
 """Gates, cheap operations and the dynamic convolutions made of them."""
 
+from .absorb import Absorbed, Handover
+from .base import DynamicConv, Observation
 from .candidates import Candidates
-from .cheap import ChannelRebuild, FrameRebuild
-from .conv import DynamicConv, DynamicConv2d, DynamicConv3d, Observation
+from .cheap import ChannelRebuild
+from .conv import DynamicConv2d, DynamicConv3d
+from .frames import FrameRebuild
 from .gate import Gate, GateWeights
 from .modes import disabled, dynamic_layers, forced, observed
 from .recipes import Recipe, recipe_of, register
 from .routing import Decision
 
 __all__ = [
+    "Absorbed",
     "Candidates",
     "ChannelRebuild",
     "Decision",
@@ -18,6 +22,7 @@ __all__ = [
     "FrameRebuild",
     "Gate",
     "GateWeights",
+    "Handover",
     "Observation",
     "Recipe",
     "disabled",

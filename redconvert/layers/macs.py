@@ -5,6 +5,8 @@ One multiply-add is one FLOP, as in the paper and in fvcore.
 - convolution: ``k_i * frames_j * H_o * W_o * C_in / groups * prod(kernel_size)``;
 - Phi_c: its weights once per computed frame and position;
 - Phi_t: two per rebuilt element, ``(T_o - frames_j) * C_out * H_o * W_o * 2``;
+- absorbed: where the layer that is read hands over ``k_s`` channels, ``C_in`` is ``k_s``; the weights for that are
+  made once, not per input;
 - gate: FC1 and FC2, and one per input element for the average over H and W (fvcore counts pooling so).
 """
 
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .conv import DynamicConv, Observation
+from .base import DynamicConv, Observation
 
 __all__ = ["LayerMacs", "executed_macs", "layer_macs"]
 
@@ -30,21 +32,27 @@ class LayerMacs:
         gate: the gate.
         conv: ``conv[i][j]`` is the convolution alone under channel candidate i and temporal candidate j.
         cheap: ``cheap[i][j]``, what Phi_c and Phi_t add to it.
+        reads: input channels by candidate of the layer that is read; all of them where nothing is handed over.
     """
 
     dense: int
     gate: int
     conv: tuple[tuple[int, ...], ...]
     cheap: tuple[tuple[int, ...], ...]
+    reads: tuple[int, ...] = (1,)
 
-    def executed(self, channel: int, temporal: int) -> int:
+    def convolved(self, channel: int, temporal: int, source: int = 0) -> int:
+        """The convolution alone, of the channels that candidate ``source`` of the layer that is read hands over."""
+        return self.conv[channel][temporal] * self.reads[source] // self.reads[0]
+
+    def executed(self, channel: int, temporal: int, source: int = 0) -> int:
         """All of one decision: gate, convolution and cheap operations."""
-        return self.gate + self.conv[channel][temporal] + self.cheap[channel][temporal]
+        return self.gate + self.convolved(channel, temporal, source) + self.cheap[channel][temporal]
 
     @property
     def lowest(self) -> int:
-        """The least that a decision can cost."""
-        return min(self.executed(i, j) for i, row in enumerate(self.conv) for j in range(len(row)))
+        """The least that a decision can cost, whatever the layer that is read does."""
+        return min(self.executed(i, j, len(self.reads) - 1) for i, row in enumerate(self.conv) for j in range(len(row)))
 
 
 def layer_macs(layer: DynamicConv, input_shape: Sequence[int], output_shape: Sequence[int]) -> LayerMacs:
@@ -70,6 +78,7 @@ def layer_macs(layer: DynamicConv, input_shape: Sequence[int], output_shape: Seq
         gate=gate,
         conv=tuple(map(tuple, conv)),
         cheap=tuple(map(tuple, cheap)),
+        reads=(layer.in_channels,) if layer.cheap_in is None else layer.cheap_in.channels,
     )
 
 
@@ -81,8 +90,8 @@ def executed_macs(layer: DynamicConv, seen: Observation) -> list[int]:
     """
     macs = layer_macs(layer, seen.input_shape, seen.output_shape)
     result = []
-    for sample, (i, j, blend) in enumerate(seen.decisions):
-        executed = macs.executed(i, j)
+    for sample, (i, j, blend, source) in enumerate(seen.decisions):
+        executed = macs.executed(i, j, source)
         if blend:
             executed += _blended(layer, seen, sample, i, j)
         result.append(executed)

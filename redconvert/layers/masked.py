@@ -19,7 +19,7 @@ from .overwrite import Overwritten, overwrite, restore
 from .routing import Decision
 
 if TYPE_CHECKING:
-    from .conv import DynamicConv
+    from .base import DynamicConv
 
 __all__ = ["CheckpointedMix", "attach", "pool", "replace_value"]
 
@@ -91,7 +91,7 @@ class _Pullback:
         self.values: list[Tensor] = []  # scalars whose derivative by gates and cheap operations is sought
         if layer.cheap_t is not None:
             gradient = self._frames(y, weights, gradient)
-        if layer.cheap_c is not None:
+        if layer.rebuilds:
             gradient = self._channels(y, weights, gradient)
         self.input_gradient = gradient
         with torch.enable_grad():
@@ -115,7 +115,7 @@ class _Pullback:
         layer, cheap = self.layer, self.layer.cheap_t
         assert cheap is not None
         z = y
-        if layer.cheap_c is not None and not _only_full(weights.channel):
+        if layer.rebuilds and not _only_full(weights.channel):
             z = layer.mix_channels(y, weights.channel)
         z = layer.as_clips(z, layer.frames_per_sample)
         g = layer.as_clips(gradient, layer.frames_per_sample).flatten(3)

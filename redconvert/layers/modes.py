@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import RedconvertError
 from ..inputs import unwrapped
-from .conv import DynamicConv, Forced, Observation
+from .base import DynamicConv, Forced, Observation
 
 __all__ = ["disabled", "dynamic_layers", "forced", "observed"]
 

@@ -11,7 +11,7 @@ from .gate import GateWeights
 from .routing import FULL, Decision, group_samples, sample_rows
 
 if TYPE_CHECKING:
-    from .conv import DynamicConv
+    from .base import DynamicConv
 
 __all__ = ["Overwritten", "overwrite", "restore"]
 

@@ -14,11 +14,16 @@ __all__ = ["FULL", "Decision", "decide", "group_samples", "memory_format", "rout
 
 
 class Decision(NamedTuple):
-    """The largest open candidate on each axis, and whether smaller ones are mixed in (``gate="soft"``)."""
+    """The largest open candidate on each axis, and whether smaller ones are mixed in (``gate="soft"``).
+
+    ``source`` is no choice of the layer's own: the channel candidate of the layer that it reads, where that one
+    hands over only what it computed.
+    """
 
     channel: int
     temporal: int
     blend: bool = False
+    source: int = 0
 
 
 FULL = Decision(0, 0)

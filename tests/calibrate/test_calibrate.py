@@ -13,7 +13,8 @@ from redconvert.calibrate.select import greedy_order, greedy_sources
 from redconvert.calibrate.solve import solve_channels, solve_frames
 from redconvert.calibrate.statistics import ChannelMoments, FrameMoments
 from redconvert.layers import Candidates, dynamic_layers
-from redconvert.layers.cheap import FrameRebuild, Pointwise, Scale
+from redconvert.layers.cheap import Pointwise, Scale
+from redconvert.layers.frames import FrameRebuild
 
 CPU = torch.device("cpu")
 

@@ -112,7 +112,7 @@ def test_birth_holds_for_every_input():
     x[0, 0, 0, 0, 0] = float("nan")
     seen = observe(layer.eval())
     assert torch.equal(layer(x)[1:], plain(x)[1:])
-    assert [tuple(d) for d in seen[0].decisions[1:]] == [(0, 0, False)] * 3
+    assert [tuple(d) for d in seen[0].decisions[1:]] == [(0, 0, False, 0)] * 3
 
 
 def test_the_start_depends_on_the_name_alone():
