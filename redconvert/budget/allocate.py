@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,38 +17,96 @@ FRONT = 10_000  # partial choices that are kept: beyond them MACs are told apart
 
 @dataclass(frozen=True)
 class Choice:
-    """A decision for every sample, its harm to the answer and its MACs."""
+    """A decision for every sample, its harm to the answer and its MACs.
+
+    Attributes:
+        macs: where all input channels are there.
+        by_source: MACs by channel candidate of the layer that is read, where that one hands over its channels.
+    """
 
     channel: int
     temporal: int
     harm: float
     macs: float
+    by_source: tuple[float, ...] = ()
+
+    def cost(self, source: int) -> float:
+        return self.by_source[source] if self.by_source else self.macs
 
 
-def allocate(options: dict[str, list[Choice]], macs: float) -> dict[str, Choice]:
+class _Step(NamedTuple):
+    """Partial choices that end with one layer in one state: what they cost and harm, and how each came about."""
+
+    costs: Tensor
+    harm: Tensor
+    before: Tensor  # state and index in the step before, and the layer's option: (3, choices)
+
+
+def allocate(
+    options: dict[str, list[Choice]], macs: float, sources: Mapping[str, str] | None = None
+) -> dict[str, Choice]:
     """Minimise the sum of harms under ``sum of MACs <= macs``: a knapsack, solved layer after layer.
 
     Kept are the choices for the layers so far that none beats in both MACs and harm, and that leave the others
-    enough. That is exact up to FRONT of them; of more, the best of each share of the MACs stay.
+    enough. That is exact up to FRONT of them; of more, the best of each share of the MACs stay. What a layer costs
+    that reads another's channels depends on that one's choice: fronts are kept for each of its candidates.
+
+    Args:
+        options: of each layer.
+        macs: the budget.
+        sources: by name of the layer that reads, whose channels it reads.
 
     Returns:
         One choice per layer; the cheapest ones where even those exceed the budget.
     """
-    least = [min(choice.macs for choice in each) for each in options.values()]
+    sources = {reader: source for reader, source in (sources or {}).items() if reader in options and source in options}
+    names, handing = _in_chains(options, sources), set(sources.values())
+    least = [min(choice.cost(s) for choice in options[n] for s in _states(options, sources.get(n))) for n in names]
     others = [*accumulate(reversed(least), initial=0.0)][-2::-1]  # what the layers after each need
-    costs = harm = torch.zeros(1, dtype=torch.float64)
-    steps: list[Tensor] = []
-    for each, reserved in zip(options.values(), others, strict=True):
-        costs = (costs[:, None] + costs.new_tensor([choice.macs for choice in each])).flatten()
-        harm = (harm[:, None] + harm.new_tensor([choice.harm for choice in each])).flatten()
-        steps.append(_front(costs, harm, macs - reserved))
-        costs, harm = costs[steps[-1]], harm[steps[-1]]
+    zero = torch.zeros(1, dtype=torch.float64)
+    steps = [{0: _Step(zero, zero, torch.zeros(3, 1, dtype=torch.long))}]
+    for name, reserved in zip(names, others, strict=True):
+        steps.append(_extended(steps[-1], options[name], name in handing, macs - reserved))
     chosen: dict[str, Choice] = {}
-    index = -1  # the dearest that fits harms least
-    for (name, each), step in zip(reversed(options.items()), reversed(steps), strict=True):
-        index, option = divmod(int(step[index]), len(each))
-        chosen[name] = each[option]
+    state, index = 0, -1  # the dearest that fits harms least
+    for name, step in zip(reversed(names), reversed(steps), strict=False):
+        state, index, option = map(int, step[state].before[:, index])
+        chosen[name] = options[name][option]
     return {name: chosen[name] for name in options}
+
+
+def _in_chains(options: dict[str, list[Choice]], sources: Mapping[str, str]) -> list[str]:
+    """Every layer right after the one that it reads."""
+    readers = {source: reader for reader, source in sources.items()}
+    names: list[str] = []
+    for name in options:
+        link: str | None = name if name not in sources else None
+        while link is not None:
+            names.append(link)
+            link = readers.get(link)
+    return names
+
+
+def _states(options: dict[str, list[Choice]], source: str | None) -> set[int]:
+    """The channel candidates that a layer may find in front of it."""
+    return {0} if source is None else {choice.channel for choice in options[source]}
+
+
+def _extended(before: dict[int, _Step], options: list[Choice], hands_over: bool, limit: float) -> dict[int, _Step]:
+    """All choices so far with each option of one more layer, by the state in which they end."""
+    found: dict[int, list[_Step]] = {}
+    for state, step in before.items():
+        index = torch.arange(len(step.costs))
+        for number, choice in enumerate(options):
+            way = torch.stack([torch.full_like(index, state), index, torch.full_like(index, number)])
+            more = _Step(step.costs + choice.cost(state), step.harm + choice.harm, way)
+            found.setdefault(choice.channel if hands_over else 0, []).append(more)
+    result = {}
+    for state, each in found.items():
+        costs, harm, ways = (torch.cat([step[part] for step in each], dim=-1) for part in range(3))
+        front = _front(costs, harm, limit)
+        result[state] = _Step(costs[front], harm[front], ways[:, front])
+    return result
 
 
 def _front(costs: Tensor, harm: Tensor, limit: float) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from .sensitivity import harms
 __all__ = ["Budget", "calibrate_gates", "clear_budget", "keep_budget", "set_budget"]
 
 STEPS = 14  # of the bisection: the threshold is then known to 1/1000
+# MACs by decision; of a layer that reads what another hands over, by that one's candidate.
+Prices: TypeAlias = dict[tuple[int, int], tuple[float, ...]]
 MARGIN = 0.25  # the least distance of a gate that always decides the same from its threshold
 
 
@@ -242,22 +245,27 @@ class _Run:
 
     def by_layers(self, budget: float) -> Budget:
         macs, dense = self._price_list()
-        least = self.meter.static_macs + sum(min(table.values()) for _, table in macs.values())
+        least = self.meter.static_macs + sum(min(costs[-1] for costs in table.values()) for _, table in macs.values())
         if least > budget * dense:
             raise self._too_low(budget, least / dense)
         effects = harms(self.model, self.batches)
         self.step()
         options = {
-            name: [Choice(i, j, float(effects[name][i, j]), cost) for (i, j), cost in table.items()]
+            name: [Choice(i, j, float(effects[name][i, j]), costs[0], costs) for (i, j), costs in table.items()]
             for name, (_, table) in macs.items()
         }
-        chosen = allocate(options, budget * dense - self.meter.static_macs)
+        chosen = allocate(options, budget * dense - self.meter.static_macs, self._sources())
         for name, choice in chosen.items():
             _decide(self.layers[name].gate, choice)
         found = {name: choice.harm / 2 for name, choice in chosen.items()}  # half the square: the divergence
         return self._result(budget, self.costs(), by="layers", harms=found)
 
-    def _price_list(self) -> tuple[dict[str, tuple[float, dict[tuple[int, int], float]]], float]:
+    def _sources(self) -> dict[str, str]:
+        """By name of a layer that reads what another hands over, the name of that one."""
+        handing = {layer.hands_to: name for name, layer in self.layers.items() if layer.hands_to is not None}
+        return {name: handing[layer.reads_from] for name, layer in self.layers.items() if layer.reads_from in handing}
+
+    def _price_list(self) -> tuple[dict[str, tuple[float, Prices]], float]:
         """By layer that runs: dense MACs per sample, and those of each decision. And the dense MACs of the network."""
         calls: dict[str, list[Observation]] = {}
         names = {layer: name for name, layer in self.layers.items()}
@@ -265,17 +273,17 @@ class _Run:
         macs = {name: self._macs(name, seen, samples) for name, seen in calls.items()}
         return macs, self.meter.static_macs + sum(whole for whole, _ in macs.values())
 
-    def _macs(self, name: str, calls: list[Observation], samples: int) -> tuple[float, dict[tuple[int, int], float]]:
+    def _macs(self, name: str, calls: list[Observation], samples: int) -> tuple[float, Prices]:
         """Per sample, over all calls of a layer: dense, and by decision."""
         layer, dense = self.layers[name], 0.0
         counts = len(layer.candidates.channels), len(layer.candidates.strides)
-        table = dict.fromkeys(((i, j) for i in range(counts[0]) for j in range(counts[1])), 0.0)
+        table = {(i, j): Counter[int]() for i in range(counts[0]) for j in range(counts[1])}
         for seen in calls:
             each, share = layer_macs(layer, seen.input_shape, seen.output_shape), len(seen.decisions) / samples
             dense += each.dense * share
-            for i, j in table:
-                table[i, j] += each.executed(i, j) * share
-        return dense, table
+            for (i, j), costs in table.items():
+                costs.update({source: each.executed(i, j, source) * share for source in range(len(each.reads))})
+        return dense, {decision: tuple(costs.values()) for decision, costs in table.items()}
 
     # -- results ---------------------------------------------------------------------------------------
 
@@ -307,11 +315,11 @@ def _decide(gate: Gate, choice: Choice) -> None:
         thresholds[index : index + 1] = gate.axis(axis, gate.beta - reach)[index : index + 1]
 
 
-def _grid(table: dict[tuple[int, int], float]) -> list[list[float]]:
-    """``{(i, j): value}`` as rows."""
+def _grid(table: Prices) -> list[list[float]]:
+    """``{(i, j): MACs}`` as rows, all input channels being there."""
     rows: dict[int, list[float]] = {}
-    for (i, _), value in sorted(table.items()):
-        rows.setdefault(i, []).append(value)
+    for (i, _), costs in sorted(table.items()):
+        rows.setdefault(i, []).append(costs[0])
     return list(rows.values())
 
 

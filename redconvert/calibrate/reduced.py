@@ -38,7 +38,8 @@ class ReducedMoments:
             rows = torch.tensor([n for n, each in enumerate(decisions) if each == decision], device=dense.device)
             wanted, found = dense.index_select(0, rows), reduced.index_select(0, rows)
             stride = layer.candidates.strides[decision.temporal]
-            if decision.channel and layer.cheap_c is not None:
+            if decision.channel and layer.rebuilds:
+                assert layer.cheap_c is not None
                 kept, dropped = layer.cheap_c.kept(decision.channel), layer.cheap_c.dropped(decision.channel)
                 x, y = found[:, kept, ::stride], wanted[:, dropped, ::stride]  # frames that were computed
                 self.channels[decision.channel].add(x, y)

@@ -19,6 +19,7 @@ from ..errors import RedconvertError
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in, unwrapped
 from ..layers import Decision, DynamicConv, dynamic_layers, forced, observed
 from ..progress import Step, progress_bar
+from .absorb import AbsorbedMoments, readers, start_absorbed
 from .match import MatchedVariance
 from .metric import AnswerMetric
 from .reduced import ROWS_PER_CHANNEL, ReducedMoments
@@ -32,7 +33,7 @@ __all__ = ["calibrate"]
 Reduced: TypeAlias = tuple[int | None, int | None]  # candidates of the reduced half; None: as the gates decide
 GATES: Reduced = (None, None)
 Explained: TypeAlias = tuple[tuple[float | None, ...], tuple[float | None, ...]]
-Collect: TypeAlias = Callable[[DynamicConv, Tensor, list[Decision]], Tensor | None]
+Collect: TypeAlias = Callable[[DynamicConv, Tensor, Tensor, list[Decision]], Tensor | None]
 
 
 def calibrate(
@@ -64,7 +65,8 @@ def calibrate(
             moments are summed: all processes end with the same numbers.
         rounds: of that correction. Worth it where nothing is matched or where gates decide; with every layer reduced
             and matched they gained nothing on ResNet-56. 0 with ``match=False`` reads the batches once.
-        match: whether mean and variance are matched at the end.
+        match: whether, at the end, mean and variance are matched, and weights that absorb channels are solved for on
+            patches of what the reduced network computes.
         decisions: what the reduced network computes in rounds and matching. "candidates": every layer at the same
             candidate, one after the other. "gates": what the gates decide, after `redconvert.set_budget` or
             training; channel orders then stay as they are, and so do candidates that hardly a sample takes.
@@ -97,7 +99,8 @@ def calibrate(
     run = _Run(dynamic, layers, batches, ridge, importance)
     reductions = run.candidates() if decisions == "candidates" else [GATES]
     matched = [reduced for reduced in reductions if match and reduced[0] != 0]
-    passes = (decisions == "candidates") + rounds * len(reductions) + len(matched)
+    absorbed = matched if run.readers else []
+    passes = (decisions == "candidates") + rounds * len(reductions) + len(absorbed) + len(matched)
     with (
         evaluating(dynamic),
         _undone_on_error(layers),
@@ -107,6 +110,8 @@ def calibrate(
         for reduced in rounds * reductions:
             found = run.regress(reduced)
             explained = found if decisions == "gates" else explained
+        for reduced in absorbed:
+            run.absorb(reduced)
         for reduced in matched:
             run.match(reduced)
     nothing = {layer: run.unknown(layer) for layer in layers.values()}
@@ -129,6 +134,7 @@ class _Run:
         self, model: nn.Module, layers: dict[str, DynamicConv], batches: Any, ridge: float, importance: str
     ) -> None:
         self.model, self.layers, self.batches, self.ridge = model, layers, batches, ridge
+        self.readers = readers(list(layers.values()))
         self.metric = AnswerMetric(model, layers.values()) if importance == "answers" else None
         self.samples = 0  # of all processes, after a pass
         self.step: Step = lambda advance=1, text=None: None  # called after every batch
@@ -161,19 +167,33 @@ class _Run:
                 channels[layer] = ChannelMoments.empty(count, count, device)
             frames[layer] = [FrameMoments.empty(s, count, device) for s in layer.candidates.strides[1:]]
 
+        sources = {reader: layer for layer, reader in self.readers.items()}
+
         def add(layer: DynamicConv, out: Tensor) -> None:
-            if layer in channels:
+            if layer in channels and layer.hands_to is None:
                 channels[layer].add(out)
             clips = layer.as_clips(out, layer.frames_per_sample).detach()
             for moments in frames[layer]:
                 moments.add(clips, clips)
 
-        def collect(layer: DynamicConv, out: Tensor, _: Any) -> Tensor | None:
+        def collect(layer: DynamicConv, _: Tensor, out: Tensor, __: Any) -> Tensor | None:
             if not in_backward():
                 add(layer, out)
-            return self.metric.watch(layer, out) if self.metric is not None and layer in channels else None
+            watched = self.metric is not None and layer in channels and layer.hands_to is None
+            return self.metric.watch(layer, out) if watched else None  # type: ignore[union-attr]
 
-        self._pass(collect, None)
+        def collect_read(reader: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            """Channels that are handed over count where they are missed: in the input of their reader."""
+            source = sources[reader]  # type: ignore[index]
+            if not in_backward():
+                channels[source].add(args[0])
+            seen = None if self.metric is None else self.metric.watch(source, args[0])
+            return None if seen is None else (seen, *args[1:])
+
+        with ExitStack() as stack:
+            for reader in sources:
+                stack.callback(reader.register_forward_pre_hook(collect_read).remove)
+            self._pass(collect, None)
         if self.metric is not None:
             self.metric.synchronize()
         self._finish([*channels.items(), *((layer, each) for layer, all_ in frames.items() for each in all_)])
@@ -187,9 +207,11 @@ class _Run:
     def _solve_layer(self, layer: DynamicConv, moments: ChannelMoments) -> tuple[float, ...]:
         cheap, weights = layer.cheap_c, self.importance[layer]
         assert cheap is not None
+        if layer.hands_to is not None:
+            weights = torch.ones_like(weights)  # the norm lies in front
         if self.metric is not None:
             weights = self.metric.weights(layer, weights, moments)
-        choose = greedy_order if cheap.kinds[0] == "pointwise" else greedy_sources
+        choose = greedy_order if cheap.kinds[0] in ("pointwise", "none") else greedy_sources
         steps = cheap.channels[1] // (layer.out_channels // layer.groups if layer.groups > 1 else 1)
         cheap.set_order(choose(moments.covariance, weights, layer.groups, steps))
         return tuple(
@@ -199,8 +221,12 @@ class _Run:
 
     def _solve_channels(self, layer: DynamicConv, index: int, moments: ChannelMoments) -> float:
         assert layer.cheap_c is not None
-        left = solve_channels(layer.cheap_c.op(index), moments, self.ridge)
         weights = self.importance[layer][layer.cheap_c.dropped(index)]
+        if layer in self.readers:
+            weights = torch.ones_like(weights)
+            left = start_absorbed(self.readers[layer], index, moments, self.ridge)
+        else:
+            left = solve_channels(layer.cheap_c.op(index), moments, self.ridge)
         return _share((left * weights).sum(), (moments.target_variance * weights).sum())
 
     def _solve_frames(self, layer: DynamicConv, index: int, moments: FrameMoments) -> float | None:
@@ -212,7 +238,7 @@ class _Run:
         """Regress the dense network's results on what the reduced one computes."""
         found = {layer: ReducedMoments(layer) for layer in self.layers.values()}
 
-        def collect(layer: DynamicConv, out: Tensor, decisions: list[Decision]) -> None:
+        def collect(layer: DynamicConv, _: Tensor, out: Tensor, decisions: list[Decision]) -> None:
             dense, reduced = out.chunk(2)
             found[layer].add(dense, reduced, decisions)
 
@@ -231,11 +257,23 @@ class _Run:
             explained[layer] = tuple(channels), tuple(frames)
         return explained
 
+    def absorb(self, reduced: Reduced) -> None:
+        """Solve for the weights of readers, each behind those that are mended."""
+        found = {reader: AbsorbedMoments(reader, self.ridge) for reader in self.readers.values()}
+
+        def mend(layer: DynamicConv, x: Tensor, out: Tensor, decisions: list[Decision]) -> Tensor | None:
+            return found[layer].mend(x, out, decisions) if layer in found else None
+
+        self._pass(mend, reduced)
+        self._finish(list(found.items()))
+        for each in found.values():
+            each.apply()
+
     def match(self, reduced: Reduced) -> None:
         """Give rebuilt channels the dense network's mean and variance, each layer behind those that are mended."""
-        found = {layer: MatchedVariance(layer) for layer in self.layers.values() if layer.cheap_c is not None}
+        found = {layer: MatchedVariance(layer) for layer in self.layers.values() if layer.rebuilds}
 
-        def mend(layer: DynamicConv, out: Tensor, decisions: list[Decision]) -> Tensor | None:
+        def mend(layer: DynamicConv, _: Tensor, out: Tensor, decisions: list[Decision]) -> Tensor | None:
             return found[layer].mend(out, [0 if d.blend else d.channel for d in decisions]) if layer in found else None
 
         self._pass(mend, reduced)
@@ -245,13 +283,13 @@ class _Run:
     def _pass(self, collect: Collect, reduced: Reduced | None) -> None:
         """Run all batches, dense or dense and reduced side by side.
 
-        ``collect(layer, out, decisions)`` sees every result, the reduced half second with its decisions; what it
+        ``collect(layer, x, out, decisions)`` sees every result, the reduced half second with its decisions; what it
         returns, if anything, takes the result's place.
         """
         seen: dict[DynamicConv, list[Decision]] = {}
         handles, error = [], None
         for layer in self.layers.values():  # observers are called before hooks
-            handles.append(layer.register_forward_hook(lambda module, _, out: collect(module, out, seen[module])))
+            handles.append(layer.register_forward_hook(lambda m, args, out: collect(m, args[0], out, seen[m])))
         self.samples = 0
         try:
             for batch in each_batch(self.batches):
@@ -324,7 +362,8 @@ def _twice(inputs: Any) -> Any:
 @contextmanager
 def _undone_on_error(layers: dict[str, DynamicConv]) -> Iterator[None]:
     """Whatever stops a calibration, the cheap operations are then what they were before it."""
-    parts = [part for layer in layers.values() for part in (layer.cheap_c, layer.cheap_t) if part is not None]
+    each = [(layer.cheap_c, layer.cheap_t, layer.cheap_in) for layer in layers.values()]
+    parts = [part for group in each for part in group if part is not None]
     before = [copy.deepcopy(part.state_dict()) for part in parts]
     try:
         yield

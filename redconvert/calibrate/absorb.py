@@ -1,0 +1,182 @@
+"""Least squares for the weights with which a reader does without channels (`redconvert.layers.Absorbed`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..layers import Decision, DynamicConv
+from ..layers.cheap import Pointwise
+from ..layers.gate import processes
+from ..layers.routing import sample_rows
+from .solve import solve_channels
+from .statistics import ChannelMoments, sum_over_processes
+
+__all__ = ["AbsorbedMoments", "readers", "start_absorbed"]
+
+LARGEST = 3000  # predictors (channels times taps) up to which a regression on patches is worth its memory
+POSITIONS = (64, 512)  # of one sample's output that are read: at least, at most
+ROWS_PER_PREDICTOR = 4  # before fewer rows the start stands
+
+
+def readers(layers: Sequence[DynamicConv]) -> dict[DynamicConv, DynamicConv]:
+    """Who reads the channels that each layer hands over."""
+    found = {layer.reads_from: layer for layer in layers if layer.reads_from is not None}
+    return {layer: found[layer.hands_to] for layer in layers if layer.hands_to is not None and layer.hands_to in found}
+
+
+@torch.no_grad()
+def start_absorbed(reader: DynamicConv, index: int, moments: ChannelMoments, ridge: float) -> Tensor:
+    """Rebuild the absent channels of the reader's input linearly, position by position, and fold that into its weight.
+
+    With ``x_d ~ P x_k + e`` it is ``D = W_d P`` and ``d = sum of W_d e`` over taps.
+
+    Args:
+        reader: the layer whose `Absorbed` is set.
+        index: candidate of its source.
+        moments: predictors are the channels that the candidate hands over, targets the others.
+        ridge: of the regression, relative to the mean variance of the predictors.
+
+    Returns:
+        The unexplained variance of each absent channel, ``(D)``.
+    """
+    assert reader.reads_from is not None and reader.cheap_in is not None
+    kept = reader.reads_from.channels[index]
+    op = Pointwise(kept, reader.in_channels - kept).to(moments.count)  # float64, on its device
+    left = solve_channels(op, moments, ridge)
+    absent = reader.recipe.weight(reader).double().index_select(1, reader.reads_from.rebuild.order[kept:])
+    correction = torch.einsum("od...,dk->ok...", absent, op.weight)
+    shift = absent.flatten(2).sum(2) @ op.bias
+    _set(reader, index, correction, shift)
+    return left
+
+
+class AbsorbedMoments:
+    """Of one reader: its dense results, regressed on patches of the channels that are there.
+
+    ``W_i`` and ``b_i`` minimise ``E |y - W_i * x_k - b_i|^2`` at sampled output positions, y from the dense network and
+    x_k from the reduced one. The ridge pulls towards what stands there. Layers are mended in the order in which
+    they run, so that each regresses on inputs that are right already: one pass does for all.
+    """
+
+    def __init__(self, layer: DynamicConv, ridge: float, seed: int = 0) -> None:
+        assert layer.reads_from is not None
+        self.layer, self.ridge = layer, ridge
+        self.generator = torch.Generator().manual_seed(seed)
+        taps, device = layer.weight[0, 0].numel(), layer.weight.device
+        sizes = {i: 1 + kept * taps for i, kept in enumerate(layer.reads_from.channels) if i}
+        self.sums = {
+            i: torch.zeros(size + layer.out_channels, size, dtype=torch.float64, device=device)
+            for i, size in sizes.items()
+            if size <= LARGEST
+        }
+        self.solved = dict.fromkeys(self.sums, 0.0)  # rows that the last solution saw
+
+    def mend(self, x: Tensor, out: Tensor, decisions: Sequence[Decision]) -> Tensor:
+        """Add one call's input and result, both of the dense stream and then of the reduced one; the mended result.
+
+        Args:
+            x: ``(2N, C_in, ...)``; out: ``(2N, C_out, ...)``.
+            decisions: of each reduced sample.
+        """
+        dense, found = out.chunk(2)
+        given, mended = x.chunk(2)[1], found.clone()
+        for decision in dict.fromkeys(decisions):
+            if decision.source not in self.sums or decision.blend:
+                continue
+            samples = torch.tensor([n for n, each in enumerate(decisions) if each == decision], device=out.device)
+            rows = sample_rows(samples, self.layer.frames_per_sample)
+            part = given.index_select(0, rows)
+            self._add(decision.source, part, dense.index_select(0, rows))
+            # Few solutions tell as much as many. Several processes must pull towards the same, and solve at the end.
+            if processes() == 1 and self._rows(decision.source) >= 2 * self.solved[decision.source]:
+                self._solve(decision.source)
+            mended[rows] = self.layer.compute(part, decision)
+        return torch.cat([dense, mended])
+
+    def synchronize(self) -> None:
+        """Sum over processes, where there are several."""
+        for sums in self.sums.values():
+            sum_over_processes(sums)
+
+    def apply(self) -> None:
+        """Solve with all that was seen."""
+        for index in self.sums:
+            self._solve(index)
+
+    @property
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(sums).all()) for sums in self.sums.values())
+
+    def _rows(self, index: int) -> float:
+        size = self.sums[index].shape[1]
+        return float(self.sums[index][size - 1, size - 1])
+
+    @torch.no_grad()
+    def _add(self, index: int, x: Tensor, y: Tensor) -> None:
+        assert self.layer.reads_from is not None
+        x = x.index_select(1, self.layer.reads_from.kept(index)).float()
+        patches, positions = _patches(self.layer, x, y, self._positions(index, y), self.generator)
+        targets = y.flatten(2).index_select(2, positions).float()
+        predictors = torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1).transpose(0, 1).flatten(1)
+        joint = torch.cat([predictors, targets.transpose(0, 1).flatten(1)])
+        self.sums[index] += (joint @ predictors.T).double()
+
+    def _positions(self, index: int, y: Tensor) -> int:
+        """How many: products of patches are to cost no more than the convolution."""
+        total, size = y[0, 0].numel(), self.sums[index].shape[1]
+        least, most = POSITIONS
+        return min(total, max(least, min(most, total * self.layer.out_channels // size)))
+
+    @torch.no_grad()
+    def _solve(self, index: int) -> None:
+        sums, size, layer = self.sums[index], self.sums[index].shape[1], self.layer
+        count = self._rows(index)
+        if count < ROWS_PER_PREDICTOR * size:
+            return
+        assert layer.reads_from is not None and layer.cheap_in is not None
+        within, across = sums[:size] / count, sums[size:] / count
+        kept = layer.reads_from.kept(index)
+        own = layer.recipe.weight(layer).index_select(1, kept).double()
+        bias = torch.zeros_like(own[:, 0, 0].flatten(1)[:, 0]) if layer.bias is None else layer.bias.double()
+        weight, shift = (each[index - 1].double() for each in (layer.cheap_in.weights, layer.cheap_in.biases))
+        stands = torch.cat([(own + weight).flatten(1), (bias + shift)[:, None]], dim=1)
+        damping = self.ridge * within.diagonal()[:-1].mean() * torch.eye(size, dtype=within.dtype, device=within.device)
+        damping[-1, -1] = torch.finfo(torch.float32).tiny
+        solution = torch.linalg.solve(within + damping, (across + stands @ damping).T).T
+        if torch.isfinite(solution).all():
+            _set(layer, index, solution[:, :-1].view_as(own) - own, solution[:, -1] - bias)
+            self.solved[index] = count
+
+
+@torch.no_grad()
+def _set(reader: DynamicConv, index: int, correction: Tensor, shift: Tensor) -> None:
+    assert reader.cheap_in is not None
+    reader.cheap_in.weights[index - 1].copy_(correction)
+    reader.cheap_in.biases[index - 1].copy_(shift)
+
+
+def _patches(layer: DynamicConv, x: Tensor, y: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What ``layer`` reads of ``x (N, k, ...)`` at ``count`` random positions of its result y.
+
+    Returns:
+        ``(N, k * taps, count)``, taps as in the weight, and the positions in ``y.flatten(2)``.
+    """
+    x, padding = layer.recipe.pad(layer, x)
+    x = F.pad(x, [amount for size in reversed(padding) for amount in (size, size)])
+    dims = x.dim() - 2
+    total = y[0, 0].numel()
+    positions = torch.randperm(total, generator=generator)[:count].sort().values
+    where = torch.stack(torch.unravel_index(positions, tuple(y.shape[2:])), dim=1)  # (count, dims)
+    taps = torch.tensor(list(product(*(range(size) for size in layer.kernel_size))))  # (taps, dims)
+    stride, dilation = torch.tensor(layer.stride), torch.tensor(layer.dilation)
+    places = where[:, None] * stride + taps[None] * dilation  # (count, taps, dims)
+    x = x.contiguous()
+    steps = torch.tensor([x.stride(2 + d) for d in range(dims)])
+    index = (places * steps).sum(-1).flatten().to(x.device)
+    found = x.flatten(2).index_select(2, index).unflatten(2, (len(positions), len(taps)))
+    return found.permute(0, 1, 3, 2).flatten(1, 2), positions.to(x.device)
