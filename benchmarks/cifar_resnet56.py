@@ -77,6 +77,16 @@ def dynamic(setting: Setting, target: float, gate: str = "hard") -> Candidate:
     return Candidate(network, target=target)
 
 
+def absorbed(setting: Setting, target: float) -> Candidate:
+    """Channels that are left out where one convolution alone reads them, and else rebuilt: full, 3/4, half or 1/4."""
+    network = setting.convert(cheap="pointwise", shares=(0.75, 0.5, 0.25), absorb=True)
+    redconvert.calibrate(network, setting.calibration)
+    redconvert.set_budget(network, target, setting.calibration[:3])
+    redconvert.calibrate(network, setting.calibration, decisions="gates")
+    redconvert.keep_budget(network)
+    return Candidate(network, target=target)
+
+
 ROWS: dict[str, Callable[[Setting], Candidate]] = {
     "dense": dense,
     "half: first channels, depthwise": partial(half, cheap="depthwise", calibrated=False),
@@ -87,6 +97,8 @@ ROWS: dict[str, Callable[[Setting], Candidate]] = {
     "dynamic hard 0.5": partial(dynamic, target=0.5),
     "dynamic hard 0.4": partial(dynamic, target=0.4),
     "dynamic soft 0.5": partial(dynamic, target=0.5, gate="soft"),
+    "dynamic absorbed 0.5": partial(absorbed, target=0.5),
+    "dynamic absorbed 0.4": partial(absorbed, target=0.4),
     "depgraph 0.5": partial(pruned, share=0.5, method="depgraph"),
     "depgraph_uniform 0.5": partial(pruned, share=0.5, method="depgraph_uniform"),
     "magnitude 0.5": partial(pruned, share=0.5, method="magnitude"),

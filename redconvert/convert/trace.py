@@ -251,15 +251,23 @@ def _read_graph(result: Trace, root: nn.Module, prefix: str, graph: fx.Graph, na
 
 def _reader(conv: fx.Node, modules: dict[str, nn.Module], names: dict[Any, str]) -> str | None:
     """The convolution that alone reads a result, behind what treats each channel alone."""
-    node = conv
-    while len(node.users) == 1:
-        node = next(iter(node.users))
+    node, dims = conv, len(modules[str(conv.target)].kernel_size)  # type: ignore[arg-type]
+    while len(users := [user for user in node.users if not _asks_shape(user)]) == 1:
+        before, node = node, users[0]
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if module in names:
             return names[module]
-        if not (_is_channelwise(module) if module is not None else _calls_channelwise(node)):
+        if not (_is_channelwise(module) if module is not None else _calls_channelwise(node, before, dims)):
             return None
     return None
+
+
+def _asks_shape(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return (
+        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+    )
 
 
 def _is_channelwise(module: nn.Module) -> bool:
@@ -267,9 +275,15 @@ def _is_channelwise(module: nn.Module) -> bool:
     return isinstance(module, _CHANNELWISE_MODULES) and not watched
 
 
-def _calls_channelwise(node: fx.Node) -> bool:
+def _calls_channelwise(node: fx.Node, of: fx.Node, dims: int) -> bool:
+    """Whether a call treats each channel of ``of`` alone, and reads no other tensor."""
+    if node.op not in ("call_function", "call_method") or node.args[:1] != (of,):
+        return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and len(node.all_input_nodes) == 1 and name in _CHANNELWISE_NAMES
+    if name == "pad":  # two amounts more would pad the channels, too
+        amounts = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
+        return isinstance(amounts, list | tuple) and len(amounts) <= 2 * dims
+    return len(node.all_input_nodes) == 1 and name in _CHANNELWISE_NAMES
 
 
 def _owner(node: fx.Node) -> str:
