@@ -6,9 +6,10 @@
 All forms of one network, batch and dtype run in turn in one process of their own, which gets the allocator settings
 of CONTRIBUTING.md; stop other work meanwhile. Rows: PyTorch eager, channels-last, folded, compiled with freezing,
 OpenVINO, and the deployed network, dense and with channels, frames or both at half; in batches of 8 also mixed.
-Batches of one also have rows of a network converted with ``measure=True``, of one whose skipped frames are blended
-from both neighbours instead of copied (what calibration sets), and Torch-Pruning's networks (of R(2+1)D and
-ResNet-50, as near as they come to the MACs of "channels" and of "channels and frames", compiled). With
+Rows of "absorbed" are of a network converted with ``absorb=True``. Batches of one also have rows of a network
+converted with ``measure=True``, of one whose skipped frames are blended from both neighbours instead of copied (what
+calibration sets), and Torch-Pruning's networks (of R(2+1)D and ResNet-50, as near as they come to the MACs of "channels"
+and of "channels and frames", and of the same absorbed, compiled). With
 --compile-dynamic they also have the dynamic network in torch.compile: masked, and frozen to each decision (each takes
 a while to set up: the column of setup seconds says how long), and the frozen ones in OpenVINO. Weights are random:
 time does not depend on them. JSON is written after every network; what is in it already is not run again.
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +103,14 @@ def measure(name: str, batch: int, dtype: str, repeats: int, compile_dynamic: bo
     rivals: dict[str, Rival] = {}
     dense = redconvert.cost.dense_macs(model, one).total
     add_openvino(rivals, "OpenVINO", model, inputs, dtype, dense, "dense")
+    absorbing = redconvert.convert(model, replace(config, absorb=True), example_inputs=one).to(kind)
+    rivals |= _decided(absorbing, inputs, "absorbed", ("channels", "channels and frames"), 0.0)
     if batch == 1:
         rivals |= _measured(model, config, inputs, kind) | _blended(model, config, one, inputs, kind)
         if compile_dynamic:
             _add_frozen(rivals, dynamic, inputs, dtype, dense)
         if name in PRUNED:
-            rivals |= _pruned(dynamic, model, one, inputs, kind)
+            rivals |= _pruned({"": dynamic, "absorbed ": absorbing}, model, one, inputs, kind)
     found = bench(dynamic, inputs, repeats=repeats, compiled_dynamic=compile_dynamic and batch == 1, rivals=rivals)
     print(found, file=sys.stderr)
     return found.to_dict()
@@ -187,19 +191,27 @@ def _decided(
     return found
 
 
-def _pruned(dynamic: nn.Module, model: nn.Module, one: Any, inputs: Any, kind: torch.dtype) -> dict[str, Rival]:
-    """Torch-Pruning's smaller networks at the MACs of two of the dynamic rows, compiled with freezing."""
+def _pruned(
+    dynamic: dict[str, nn.Module], model: nn.Module, one: Any, inputs: Any, kind: torch.dtype
+) -> dict[str, Rival]:
+    """Torch-Pruning's smaller networks at the MACs of some of the dynamic rows, compiled with freezing."""
     try:
         import torch_pruning
     except ImportError:
         return {}
     found = {}
     dense = redconvert.cost.dense_macs(model, one).total
-    for label, (channel, temporal) in {"channels": (1, 0), "channels and frames": (1, 1)}.items():
+    rows = {
+        name + label: (network, decision)
+        for name, network in dynamic.items()
+        for label, decision in possible_decisions(network).items()
+        if label in ("channels", "channels and frames")
+    }
+    for label, (network, (channel, temporal)) in rows.items():
         try:
-            with redconvert.forced(dynamic, channel=channel, temporal=temporal):
+            with redconvert.forced(network, channel=channel, temporal=temporal):
                 cast = [x.to(kind) for x in one] if isinstance(one, list) else one.to(kind)
-                executed = redconvert.report(dynamic, [(cast,)], time=False).executed_macs
+                executed = redconvert.report(network, [(cast,)], time=False).executed_macs
             begin = time.perf_counter()
             # Uniform ratio over layers: MACs fall with its square.
             smaller = _prune(torch_pruning, model, one, executed / dense)

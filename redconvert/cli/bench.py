@@ -14,7 +14,19 @@ from ..errors import RedconvertError
 from ..files import write_text_atomic
 from .app import app, console
 from .opening import inputs_and_plan, open_network
-from .options import AsJson, ConfigFile, Input, Measure, Model, NumFrames, Rules, SearchSpace, Trust, read_config
+from .options import (
+    Absorb,
+    AsJson,
+    ConfigFile,
+    Input,
+    Measure,
+    Model,
+    NumFrames,
+    Rules,
+    SearchSpace,
+    Trust,
+    read_config,
+)
 
 __all__ = ["bench"]
 
@@ -40,6 +52,7 @@ def bench(
     rule: Rules = None,
     config: ConfigFile = None,
     search_space: SearchSpace = None,
+    absorb: Absorb = False,
     num_frames: NumFrames = None,
 ) -> None:
     """Milliseconds of the deployed network, dense and reduced, beside the dense forms that could run instead."""
@@ -49,7 +62,7 @@ def bench(
 
     if dtype not in TYPES:
         raise RedconvertError(f"--dtype {dtype} is none of {', '.join(TYPES)}")
-    settings = read_config(config, rule, search_space, num_frames)
+    settings = read_config(config, rule, search_space, num_frames, absorb=absorb)
     settings = settings if align is None else replace(settings, align=align)
     network = open_network(model, trust).eval()
     example, _ = inputs_and_plan(network, settings, inputs, as_json)

@@ -20,7 +20,7 @@ from ..errors import RedconvertError, require
 from ..inputs import tensors_in
 from .app import app, console, warn
 from .opening import inputs_and_plan, open_network
-from .options import AsJson, ConfigFile, Input, Model, NumFrames, Rules, SearchSpace, Trust, read_config
+from .options import Absorb, AsJson, ConfigFile, Input, Model, NumFrames, Rules, SearchSpace, Trust, read_config
 from .preprocess import default_normalisation, three_numbers
 from .progress import shown, tracked
 from .samples import IMAGES, VIDEOS, Batches, choose, find_files, read_samples
@@ -62,10 +62,11 @@ def calibrate(
     rule: Rules = None,
     config: ConfigFile = None,
     search_space: SearchSpace = None,
+    absorb: Absorb = False,
     num_frames: NumFrames = None,
 ) -> None:
     """Convert a network, give its cheap operations a start from unlabelled videos or images, and save it."""
-    settings = read_config(config, rule, search_space, num_frames, model)
+    settings = read_config(config, rule, search_space, num_frames, model, absorb)
     colours = three_numbers(mean, "--mean") if mean else None, three_numbers(std, "--std") if std else None
     _check_targets(out, plot)
     wanted_importance = _importance(importance)

@@ -12,7 +12,19 @@ from ..config import ConvertConfig
 from ..convert import Plan, convert
 from .app import app, console
 from .opening import inputs_and_plan, open_network
-from .options import AsJson, ConfigFile, Input, Measure, Model, NumFrames, Rules, SearchSpace, Trust, read_config
+from .options import (
+    Absorb,
+    AsJson,
+    ConfigFile,
+    Input,
+    Measure,
+    Model,
+    NumFrames,
+    Rules,
+    SearchSpace,
+    Trust,
+    read_config,
+)
 from .progress import spinner, tracked
 from .tables import plan_table, print_facts, print_verdicts, show_saved, show_tensors
 
@@ -29,12 +41,13 @@ def inspect(
     rule: Rules = None,
     config: ConfigFile = None,
     search_space: SearchSpace = None,
+    absorb: Absorb = False,
     num_frames: NumFrames = None,
 ) -> None:
     """Layers, MACs, what would become dynamic and why not the rest, and the lowest MACs it could cost."""
     from ..sources import guess_architecture, open_source
 
-    settings = read_config(config, rule, search_space, num_frames, model)
+    settings = read_config(config, rule, search_space, num_frames, model, absorb)
     source = open_source(model, trust=trust)
     if source.saved is not None:
         show_saved(source.name, source.saved, as_json)
@@ -69,10 +82,11 @@ def plan(
     rule: Rules = None,
     config: ConfigFile = None,
     search_space: SearchSpace = None,
+    absorb: Absorb = False,
     num_frames: NumFrames = None,
 ) -> None:
     """A dry run of convert: the verdict and the reason for each convolution."""
-    settings = read_config(config, rule, search_space, num_frames, model)
+    settings = read_config(config, rule, search_space, num_frames, model, absorb)
     _, made = inputs_and_plan(open_network(model, trust), settings, inputs, as_json, measure)
     if as_json:
         print(made.to_json())

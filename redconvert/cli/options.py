@@ -12,6 +12,7 @@ from ..errors import RedconvertError
 from ..presets import presets
 
 __all__ = [
+    "Absorb",
     "AsJson",
     "ConfigFile",
     "Input",
@@ -53,6 +54,14 @@ ConfigFile = Annotated[
     typer.Option("--config", help="A ConvertConfig as JSON, or a preset: r2plus1d_18, x3d_m, ...", show_default=False),
 ]
 SearchSpace = Annotated[int | None, typer.Option(help="Candidates on each axis.", show_default="2")]
+Absorb = Annotated[
+    bool,
+    typer.Option(
+        "--absorb",
+        help="Do not rebuild channels that one convolution alone reads: it does without them.",
+        show_default=False,
+    ),
+]
 NumFrames = Annotated[int | None, typer.Option(help="Frames per clip where a 2D network's batch holds frames.")]
 
 
@@ -62,6 +71,7 @@ def read_config(
     search_space: int | None,
     num_frames: int | None,
     model: str = "",
+    absorb: bool = False,
 ) -> ConvertConfig:
     """The config that the options describe; networks of the zoo that take frames in the batch know how many."""
     values = {} if file is None else _config_of(file)
@@ -72,6 +82,8 @@ def read_config(
         values["search_space"] = search_space
     if num_frames is not None:
         values["num_frames"] = num_frames
+    if absorb:
+        values["absorb"] = True
     values["rules"] = [*(_rule(text) for text in rules or ()), *values.get("rules", ())]
     return ConvertConfig.from_dict(values)
 
