@@ -6,13 +6,13 @@
 All forms of one network, batch and dtype run in turn in one process of their own, which gets the allocator settings
 of CONTRIBUTING.md; stop other work meanwhile. Rows: PyTorch eager, channels-last, folded, compiled with freezing,
 OpenVINO, and the deployed network, dense and with channels, frames or both at half; in batches of 8 also mixed.
-Rows of "absorbed" are of a network converted with ``absorb=True``. Batches of one also have rows of a network
-converted with ``measure=True``, of one whose skipped frames are blended from both neighbours instead of copied (what
-calibration sets), and Torch-Pruning's networks (of R(2+1)D and ResNet-50, as near as they come to the MACs of "channels"
-and of "channels and frames", and of the same absorbed, compiled). With
---compile-dynamic they also have the dynamic network in torch.compile: masked, and frozen to each decision (each takes
-a while to set up: the column of setup seconds says how long), and the frozen ones in OpenVINO. Weights are random:
-time does not depend on them. JSON is written after every network; what is in it already is not run again.
+"Absorbed" is a network converted with ``absorb=True``. Batches of one also have rows of a network converted with
+``measure=True``, of one whose skipped frames are blended from both neighbours instead of copied (what calibration
+sets), and Torch-Pruning's networks (of R(2+1)D and ResNet-50, as near as they come to the MACs of "channels" and of
+"channels and frames", absorbed or not, compiled). With --compile-dynamic they also have the dynamic network in
+torch.compile: masked, and frozen to each decision (each takes a while to set up: the column of setup seconds says how
+long), and the frozen ones in OpenVINO. Weights are random: time does not depend on them. JSON is written after every
+network; what is in it already is not run again.
 """
 
 from __future__ import annotations
