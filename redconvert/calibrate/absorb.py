@@ -59,8 +59,9 @@ class AbsorbedMoments:
     """Of one reader: its dense results, regressed on patches of the channels that are there.
 
     ``W_i`` and ``b_i`` minimise ``E |y - W_i * x_k - b_i|^2`` at sampled output positions, y from the dense network and
-    x_k from the reduced one. The ridge pulls towards what stands there. Layers are mended in the order in which
-    they run, so that each regresses on inputs that are right already: one pass does for all.
+    x_k from the reduced one, or from the dense one, too. The ridge pulls towards what stands there. With the reduced
+    network, layers are mended in the order in which they run, so that each regresses on inputs that are right
+    already: one pass does for all.
     """
 
     def __init__(self, layer: DynamicConv, ridge: float, seed: int = 0) -> None:
@@ -75,6 +76,18 @@ class AbsorbedMoments:
             if size <= LARGEST
         }
         self.solved = dict.fromkeys(self.sums, 0.0)  # rows that the last solution saw
+
+    def add_dense(self, x: Tensor, y: Tensor) -> None:
+        """Add one call of the dense network, ``(N, C_in, ...)`` and ``(N, C_out, ...)``, to all candidates."""
+        if not self.sums:
+            return
+        most = min(self.sums)  # candidates are nested: the sums of the smaller ones are part of the largest one's
+        found, size = self._products(most, x, y), self.sums[most].shape[1]
+        for sums in self.sums.values():
+            part = torch.arange(sums.shape[1], device=found.device)
+            part[-1] = size - 1  # the constant
+            rows = torch.cat([part, torch.arange(size, len(found), device=found.device)])
+            sums += found[rows][:, part]
 
     def mend(self, x: Tensor, out: Tensor, decisions: Sequence[Decision]) -> Tensor:
         """Add one call's input and result, both of the dense stream and then of the reduced one; the mended result.
@@ -91,7 +104,7 @@ class AbsorbedMoments:
             samples = torch.tensor([n for n, each in enumerate(decisions) if each == decision], device=out.device)
             rows = sample_rows(samples, self.layer.frames_per_sample)
             part = given.index_select(0, rows)
-            self._add(decision.source, part, dense.index_select(0, rows))
+            self.sums[decision.source] += self._products(decision.source, part, dense.index_select(0, rows))
             # Few solutions tell as much as many. Several processes must pull towards the same, and solve at the end.
             if processes() == 1 and self._rows(decision.source) >= 2 * self.solved[decision.source]:
                 self._solve(decision.source)
@@ -117,14 +130,15 @@ class AbsorbedMoments:
         return float(self.sums[index][size - 1, size - 1])
 
     @torch.no_grad()
-    def _add(self, index: int, x: Tensor, y: Tensor) -> None:
+    def _products(self, index: int, x: Tensor, y: Tensor) -> Tensor:
+        """Sum of ``[p, 1, y] [p, 1]^T`` over sampled positions, p the patches of candidate ``index``'s channels."""
         assert self.layer.reads_from is not None
-        x = x.index_select(1, self.layer.reads_from.kept(index)).float()
+        x = x.detach().index_select(1, self.layer.reads_from.kept(index)).float()
         patches, positions = _patches(self.layer, x, y, self._positions(index, y), self.generator)
-        targets = y.flatten(2).index_select(2, positions).float()
+        targets = y.detach().flatten(2).index_select(2, positions).float()
         predictors = torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1).transpose(0, 1).flatten(1)
         joint = torch.cat([predictors, targets.transpose(0, 1).flatten(1)])
-        self.sums[index] += (joint @ predictors.T).double()
+        return (joint @ predictors.T).double()
 
     def _positions(self, index: int, y: Tensor) -> int:
         """How many: products of patches are to cost no more than the convolution."""

@@ -99,7 +99,7 @@ def calibrate(
     run = _Run(dynamic, layers, batches, ridge, importance)
     reductions = run.candidates() if decisions == "candidates" else [GATES]
     matched = [reduced for reduced in reductions if match and reduced[0] != 0]
-    absorbed = matched if run.readers else []
+    absorbed = _absorbing(matched, rounds) if run.readers else []
     passes = (decisions == "candidates") + rounds * len(reductions) + len(absorbed) + len(matched)
     with (
         evaluating(dynamic),
@@ -110,8 +110,8 @@ def calibrate(
         for reduced in rounds * reductions:
             found = run.regress(reduced)
             explained = found if decisions == "gates" else explained
-        for reduced in absorbed:
-            run.absorb(reduced)
+        for each in absorbed:
+            run.absorb(each)
         for reduced in matched:
             run.match(reduced)
     nothing = {layer: run.unknown(layer) for layer in layers.values()}
@@ -257,14 +257,19 @@ class _Run:
             explained[layer] = tuple(channels), tuple(frames)
         return explained
 
-    def absorb(self, reduced: Reduced) -> None:
-        """Solve for the weights of readers, each behind those that are mended."""
+    def absorb(self, reduced: Reduced | None) -> None:
+        """Solve for the weights of readers: of the dense network, or each behind those that are mended."""
         found = {reader: AbsorbedMoments(reader, self.ridge) for reader in self.readers.values()}
 
         def mend(layer: DynamicConv, x: Tensor, out: Tensor, decisions: list[Decision]) -> Tensor | None:
-            return found[layer].mend(x, out, decisions) if layer in found else None
+            if layer not in found:
+                return None
+            if reduced is not None:
+                return found[layer].mend(x, out, decisions)
+            found[layer].add_dense(x, out)
+            return None
 
-        self._pass(mend, reduced)
+        self._pass(mend, reduced, differentiating=False)
         self._finish(list(found.items()))
         for each in found.values():
             each.apply()
@@ -280,7 +285,7 @@ class _Run:
         for each in found.values():
             each.apply()
 
-    def _pass(self, collect: Collect, reduced: Reduced | None) -> None:
+    def _pass(self, collect: Collect, reduced: Reduced | None, differentiating: bool = True) -> None:
         """Run all batches, dense or dense and reduced side by side.
 
         ``collect(layer, x, out, decisions)`` sees every result, the reduced half second with its decisions; what it
@@ -298,7 +303,7 @@ class _Run:
                 with observed(
                     self.model, lambda layer, call: seen.__setitem__(layer, call.decisions[len(call.decisions) // 2 :])
                 ):
-                    self._run(inputs, count, reduced)
+                    self._run(inputs, count, reduced, differentiating and self.metric is not None)
                 self.samples += count
                 self.step()
         except Exception as problem:
@@ -309,14 +314,14 @@ class _Run:
         raise_together(error, device_of(self.model))
         self.samples = int(sum_over_processes(torch.tensor(self.samples, device=device_of(self.model))))
 
-    def _run(self, inputs: Any, count: int, reduced: Reduced | None) -> None:
+    def _run(self, inputs: Any, count: int, reduced: Reduced | None, differentiating: bool) -> None:
         if reduced is None:
             with forced(self.model, channel=0, temporal=0), ExitStack() as stack:
-                if self.metric is not None:
-                    stack.enter_context(self.metric.differentiating())
+                if differentiating:
+                    stack.enter_context(self.metric.differentiating())  # type: ignore[union-attr]
                 outputs = call_with(self.model, inputs)
-                if self.metric is not None:
-                    self.metric.move(outputs)
+                if differentiating:
+                    self.metric.move(outputs)  # type: ignore[union-attr]
             return
         dense: list[int | None] = [0] * count
         with forced(self.model, channel=dense + [reduced[0]] * count, temporal=dense + [reduced[1]] * count):
@@ -337,6 +342,17 @@ class _Run:
                     f"layer '{layer.layer_name}' gives NaN or infinite values on these batches: check inputs and "
                     f"weights"
                 )
+
+
+def _absorbing(matched: list[Reduced], rounds: int) -> list[Reduced | None]:
+    """The passes that solve for readers: of the dense network first, unless gates decide what is reduced.
+
+    Where a budget will reduce some layers alone, that is what the others will see; with every layer reduced it is not,
+    which is what rounds are for.
+    """
+    if not matched or matched == [GATES]:
+        return [*matched]
+    return [None, *(matched if rounds else [])]
 
 
 def _importance(layer: DynamicConv, norm: nn.Module | None) -> Tensor:
