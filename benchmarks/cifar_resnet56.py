@@ -82,7 +82,7 @@ def absorbed(setting: Setting, target: float) -> Candidate:
     network = setting.convert(cheap="pointwise", shares=(0.75, 0.5, 0.25), absorb=True)
     redconvert.calibrate(network, setting.calibration)
     redconvert.set_budget(network, target, setting.calibration[:3])
-    redconvert.calibrate(network, setting.calibration, rounds=1, decisions="gates")
+    redconvert.calibrate(network, setting.calibration, decisions="gates")
     redconvert.keep_budget(network)
     return Candidate(network, target=target)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import Decision, DynamicConv
@@ -20,6 +20,7 @@ __all__ = ["AbsorbedMoments", "readers", "start_absorbed"]
 
 LARGEST = 3000  # predictors (channels times taps) up to which a regression on patches is worth its memory
 POSITIONS = (64, 512)  # of one sample's output that are read: at least, at most
+LEAST_SLOPE = 0.1  # of the mean: what a norm all but removes need not make up for anything
 ROWS_PER_PREDICTOR = 4  # before fewer rows the start stands
 
 
@@ -61,12 +62,18 @@ class AbsorbedMoments:
     ``W_i`` and ``b_i`` minimise ``E |y - W_i * x_k - b_i|^2`` at sampled output positions, y from the dense network and
     x_k from the reduced one, or from the dense one, too. The ridge pulls towards what stands there. With the reduced
     network, layers are mended in the order in which they run, so that each regresses on inputs that are right
-    already: one pass does for all.
+    already: one pass does for all. Where an input that the reduced network has changed is added to the result
+    (a residual block's), the layer makes up for that as well: its target is y less that change, seen through the norm.
+
+    Args:
+        layer: the reader.
+        ridge: relative to the mean variance of the predictors.
+        norm: the batch norm between the layer and the sum, if there is one.
     """
 
-    def __init__(self, layer: DynamicConv, ridge: float, seed: int = 0) -> None:
+    def __init__(self, layer: DynamicConv, ridge: float, norm: nn.Module | None = None, seed: int = 0) -> None:
         assert layer.reads_from is not None
-        self.layer, self.ridge = layer, ridge
+        self.layer, self.ridge, self.slope = layer, ridge, _slope(layer, norm)
         self.generator = torch.Generator().manual_seed(seed)
         taps, device = layer.weight[0, 0].numel(), layer.weight.device
         sizes = {i: 1 + kept * taps for i, kept in enumerate(layer.reads_from.channels) if i}
@@ -89,22 +96,28 @@ class AbsorbedMoments:
             rows = torch.cat([part, torch.arange(size, len(found), device=found.device)])
             sums += found[rows][:, part]
 
-    def mend(self, x: Tensor, out: Tensor, decisions: Sequence[Decision]) -> Tensor:
+    def mend(self, x: Tensor, out: Tensor, decisions: Sequence[Decision], added: Tensor | None = None) -> Tensor:
         """Add one call's input and result, both of the dense stream and then of the reduced one; the mended result.
 
         Args:
             x: ``(2N, C_in, ...)``; out: ``(2N, C_out, ...)``.
             decisions: of each reduced sample.
+            added: what will be added to the result, of both streams, where that is known.
         """
         dense, found = out.chunk(2)
         given, mended = x.chunk(2)[1], found.clone()
+        if added is not None and added.shape == out.shape:
+            before, changed = added.chunk(2)
+            dense_target = dense + (before - changed) / self.slope.to(out.dtype).view(1, -1, *(1,) * (out.dim() - 2))
+        else:
+            dense_target = dense
         for decision in dict.fromkeys(decisions):
             if decision.source not in self.sums or decision.blend:
                 continue
             samples = torch.tensor([n for n, each in enumerate(decisions) if each == decision], device=out.device)
             rows = sample_rows(samples, self.layer.frames_per_sample)
             part = given.index_select(0, rows)
-            self.sums[decision.source] += self._products(decision.source, part, dense.index_select(0, rows))
+            self.sums[decision.source] += self._products(decision.source, part, dense_target.index_select(0, rows))
             # Few solutions tell as much as many. Several processes must pull towards the same, and solve at the end.
             if processes() == 1 and self._rows(decision.source) >= 2 * self.solved[decision.source]:
                 self._solve(decision.source)
@@ -172,6 +185,17 @@ def _set(reader: DynamicConv, index: int, correction: Tensor, shift: Tensor) -> 
     assert reader.cheap_in is not None
     reader.cheap_in.weights[index - 1].copy_(correction)
     reader.cheap_in.biases[index - 1].copy_(shift)
+
+
+def _slope(layer: DynamicConv, norm: nn.Module | None) -> Tensor:
+    """What a batch norm multiplies each channel by; nearly none of it is taken for LEAST_SLOPE of the others'."""
+    ones = torch.ones(layer.out_channels, device=layer.weight.device)
+    variance, weight = getattr(norm, "running_var", None), getattr(norm, "weight", None)
+    if not isinstance(variance, Tensor) or len(variance) != layer.out_channels:
+        return ones
+    slope = torch.rsqrt(variance.detach() + norm.eps) * (ones if weight is None else weight.detach())  # type: ignore[union-attr, operator]
+    least = LEAST_SLOPE * slope.abs().mean()
+    return torch.where(slope.abs() < least, torch.where(slope < 0, -least, least), slope)
 
 
 def _patches(layer: DynamicConv, x: Tensor, y: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

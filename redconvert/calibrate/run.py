@@ -140,10 +140,11 @@ class _Run:
         self.step: Step = lambda advance=1, text=None: None  # called after every batch
         modules, facts = dict(model.named_modules()), trace(model).facts
         norms = {layer: facts[name].norm if name in facts else None for name, layer in layers.items()}
+        self.norms = {layer: modules.get(norm or "") for layer, norm in norms.items()}
+        shortcuts = {layer: facts[name].shortcut if name in facts else None for name, layer in layers.items()}
+        self.shortcuts = {reader: modules.get(shortcuts[reader] or "") for reader in self.readers.values()}
         # Summed, since running statistics drift apart in data-parallel training, and the choice must be the same.
-        self.importance = {
-            layer: sum_over_processes(_importance(layer, modules.get(norm or ""))) for layer, norm in norms.items()
-        }
+        self.importance = {layer: sum_over_processes(_importance(layer, norm)) for layer, norm in self.norms.items()}
 
     def candidates(self) -> list[Reduced]:
         """Every reduced candidate, one axis at a time."""
@@ -259,13 +260,16 @@ class _Run:
 
     def absorb(self, reduced: Reduced | None) -> None:
         """Solve for the weights of readers: of the dense network, or each behind those that are mended."""
-        found = {reader: AbsorbedMoments(reader, self.ridge) for reader in self.readers.values()}
+        found = {reader: AbsorbedMoments(reader, self.ridge, self.norms[reader]) for reader in self.readers.values()}
+        heads, inputs = set(self.shortcuts.values()), dict[Any, Tensor]()
 
         def mend(layer: DynamicConv, x: Tensor, out: Tensor, decisions: list[Decision]) -> Tensor | None:
+            if layer in heads:
+                inputs[layer] = x  # an input of a residual block, which the block's last layer adds to its result
             if layer not in found:
                 return None
             if reduced is not None:
-                return found[layer].mend(x, out, decisions)
+                return found[layer].mend(x, out, decisions, inputs.pop(self.shortcuts[layer], None))
             found[layer].add_dense(x, out)
             return None
 

@@ -60,6 +60,7 @@ _CHANNELWISE_MODULES = (
     *(nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d, nn.AvgPool3d),
 )
 _CHANNELWISE_NAMES = frozenset({"relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "mish"})
+_ADDITIONS = frozenset({"add", "add_", "iadd"})
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _FUNCTIONAL_CONVS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"})
 
@@ -77,6 +78,7 @@ class ConvFacts:
         is_output: its result is the network's prediction.
         reader: name of the one convolution that reads its channels, behind nothing but norms, activations, pooling and
             dropout, which treat each channel alone.
+        shortcut: name of an earlier convolution whose input is added to its result, behind the norm where it has one.
     """
 
     source: str = "module tree"
@@ -87,6 +89,7 @@ class ConvFacts:
     feeds_norm: bool = False
     is_output: bool = False
     reader: str | None = None
+    shortcut: str | None = None
 
     @property
     def clip_frames(self) -> int | None:
@@ -243,6 +246,7 @@ def _read_graph(result: Trace, root: nn.Module, prefix: str, graph: fx.Graph, na
             norm=f"{prefix}{norms.pop()}" if feeds_norm and len(norms) == 1 else None,
             is_output=any(node in outputs for node in nodes),
             reader=_reader(nodes[0], modules, names) if len(nodes) == 1 else None,
+            shortcut=_shortcut(nodes[0], modules, calls) if len(nodes) == 1 else None,
         )
     for name, facts in result.facts.items():  # a convolution that runs twice reads several tensors
         if facts.reader is not None and len(calls.get(facts.reader, ())) != 1:
@@ -260,6 +264,24 @@ def _reader(conv: fx.Node, modules: dict[str, nn.Module], names: dict[Any, str])
         if not (_is_channelwise(module) if module is not None else _calls_channelwise(node, before, dims)):
             return None
     return None
+
+
+def _shortcut(conv: fx.Node, modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]) -> str | None:
+    """The convolution whose input is added to a result, if that one runs before."""
+    node = conv
+    for _ in range(2):  # the norm, then the sum
+        if len(node.users) != 1:
+            return None
+        before, node = node, next(iter(node.users))
+        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.modules.batchnorm._BatchNorm):
+            break
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    others = [each for each in node.args if isinstance(each, fx.Node) and each is not before]
+    if node.op not in ("call_function", "call_method") or name not in _ADDITIONS or len(others) != 1 or node.kwargs:
+        return None
+    order = {each: index for index, each in enumerate(conv.graph.nodes)}
+    found = (n for n, each in calls.items() if len(each) == 1 and each[0].args[:1] == (others[0],))
+    return next((name for name in found if order[calls[name][0]] < order[conv]), None)
 
 
 def _asks_shape(node: fx.Node) -> bool:
