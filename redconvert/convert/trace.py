@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,15 +120,15 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
 
 def _trace(model: nn.Module, example_inputs: Any) -> Trace:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin, fake = _twin(model, mode)
+    twin, fake, hooked = _twin(model, mode)
     names = {module: name for name, module in twin.named_modules() if isinstance(module, nn.Conv2d | nn.Conv3d)}
     result = Trace("module tree")
     try:
-        _read_graph(result, twin, "", symbolic(twin), names)
+        _read_graph(result, twin, "", symbolic(twin, hooked), names)
         result.source = "fx"
     except Exception as error:
         result.problem = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
-        _read_parts(result, twin, "", names)
+        _read_parts(result, twin, "", names, hooked)
         if result.facts:
             result.source = "fx in parts"
     result.facts = {name: replace(facts, source=result.source) for name, facts in result.facts.items()}
@@ -137,33 +137,57 @@ def _trace(model: nn.Module, example_inputs: Any) -> Trace:
     return result
 
 
-def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, bool]:
-    """A copy of the structure with fake parameters and buffers; the model itself where it cannot be copied."""
+def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, bool, set[nn.Module]]:
+    """A copy of the structure with fake parameters and buffers; the model itself where it cannot be copied.
+
+    Also says which modules of it the user has hooked.
+    """
     try:
         tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         memo: dict[int, Any] = {key: mode.from_tensor(tensor) for key, tensor in tensors.items()}
         twin = copy.deepcopy(model, memo)
     except Exception:
-        return model, False
+        return model, False, {module for module in model.modules() if module._forward_hooks or _own_hooks(module)}
+    hooked: set[nn.Module] = set()
     for module in twin.modules():  # the user's hooks must not see this pass
+        own = _own_hooks(module)
+        if own or module._forward_hooks:
+            hooked.add(module)
         module._forward_hooks.clear()
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if not type(hook).__module__.startswith("torch."):  # weight_norm and its kind compute the weight
-                del module._forward_pre_hooks[key]
-    return twin.eval(), True
+        for key in own:
+            del module._forward_pre_hooks[key]
+    return twin.eval(), True, hooked
+
+
+def _own_hooks(module: nn.Module) -> list[int]:
+    """The user's pre-hooks: weight_norm and its kind, which compute the weight, are PyTorch's."""
+    hooks = module._forward_pre_hooks.items()
+    return [key for key, hook in hooks if not type(hook).__module__.startswith("torch.")]
 
 
 # -- fx ------------------------------------------------------------------------------------------------
 
 
 class LayerTracer(fx.Tracer):
-    """Keeps convolutions and norms whole, also subclasses outside torch.nn, and what timm asks to keep whole."""
+    """Keeps convolutions and norms whole, also subclasses outside torch.nn, and what timm asks to keep whole.
 
-    def __init__(self) -> None:
+    What goes into and comes out of a ``hooked`` module has ``meta["hooked"]``.
+    """
+
+    def __init__(self, hooked: Collection[nn.Module] = ()) -> None:
         timm_fx = sys.modules.get("timm.layers._fx") or sys.modules.get("timm.models._features_fx")
         functions: tuple[Callable, ...] = tuple(timm_fx.get_notrace_functions()) if timm_fx else ()
         super().__init__(autowrap_functions=functions)
         self.leaves = (nn.modules.conv._ConvNd, *_NORMS, *(timm_fx.get_notrace_modules() if timm_fx else ()))
+        self.hooked = hooked
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().call_module(m, forward, args, kwargs)
+        if m in self.hooked:
+            for value in pytree.tree_leaves((args, kwargs, result)):
+                if isinstance(value, fx.Proxy):
+                    value.node.meta["hooked"] = True
+        return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) is nn.Identity and not (m._forward_hooks or m._forward_pre_hooks):
@@ -171,11 +195,11 @@ class LayerTracer(fx.Tracer):
         return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
-def symbolic(module: nn.Module) -> fx.Graph:
+def symbolic(module: nn.Module, hooked: Collection[nn.Module] = ()) -> fx.Graph:
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         raise TypeError("the network is a single convolution")  # fx would look inside it
     with _untouched(module):  # a forward that stores what it computes stores proxies
-        return LayerTracer().trace(module)
+        return LayerTracer(hooked).trace(module)
 
 
 @contextmanager
@@ -200,7 +224,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def _read_parts(result: Trace, module: nn.Module, prefix: str, names: dict[Any, str]) -> None:
+def _read_parts(
+    result: Trace, module: nn.Module, prefix: str, names: dict[Any, str], hooked: Collection[nn.Module]
+) -> None:
     """Trace the largest sub-trees that trace."""
     for child_name, child in module.named_children():
         path = f"{prefix}{child_name}"
@@ -212,9 +238,9 @@ def _read_parts(result: Trace, module: nn.Module, prefix: str, names: dict[Any, 
             if isinstance(child, nn.ModuleList | nn.ModuleDict):
                 raise TypeError("has no forward of its own")
             part = Trace("")
-            _read_graph(part, child, f"{path}.", symbolic(child), names)
+            _read_graph(part, child, f"{path}.", symbolic(child, hooked), names)
         except Exception:
-            _read_parts(result, child, f"{path}.", names)
+            _read_parts(result, child, f"{path}.", names, hooked)
             continue
         result.functional += part.functional
         for name, facts in part.facts.items():
@@ -252,7 +278,7 @@ def _read_graph(result: Trace, root: nn.Module, prefix: str, graph: fx.Graph, na
 def _reader(conv: fx.Node, modules: dict[str, nn.Module], names: dict[Any, str]) -> str | None:
     """The convolution that alone reads a result, behind what treats each channel alone."""
     node = conv
-    while len(node.users) == 1:
+    while len(node.users) == 1 and not node.meta.get("hooked"):  # a hook sees, or changes, all channels
         node = next(iter(node.users))
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if module in names:
@@ -263,8 +289,7 @@ def _reader(conv: fx.Node, modules: dict[str, nn.Module], names: dict[Any, str])
 
 
 def _is_channelwise(module: nn.Module) -> bool:
-    watched = module._forward_hooks or module._forward_pre_hooks
-    return isinstance(module, _CHANNELWISE_MODULES) and not watched
+    return isinstance(module, _CHANNELWISE_MODULES)
 
 
 def _calls_channelwise(node: fx.Node) -> bool:

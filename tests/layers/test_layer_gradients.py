@@ -159,7 +159,7 @@ def test_closed_gates_open_again(training):
     seen = []
     layer.observers = (lambda _, observation: seen.append(observation),)
     layer(x)
-    assert {tuple(d) for d in seen[0].decisions} == {(1, 1, False)}  # all closed: the cheapest
+    assert {tuple(d) for d in seen[0].decisions} == {(1, 1, False, 0)}  # all closed: the cheapest
     assert torch.equal(seen[0].weights.channel, torch.tensor([[0.0, 1.0]] * 4))
     for w in seen[0].weights:
         assert w[:, 1].gt(0).all()
