@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,39 +28,13 @@ from torch.utils import _pytree as pytree
 
 from ..errors import RedconvertError
 from ..inputs import as_arguments
+from .neighbours import output_convs, reader, shortcut
 
 __all__ = ["ConvFacts", "LayerTracer", "Trace", "symbolic", "trace"]
 
 Conv = nn.Conv2d | nn.Conv3d
 Shape = tuple[int, ...]
 
-# Modules and functions that hand a prediction on without mixing channels: a convolution whose result
-# meets nothing else on its way out is the output layer.
-_TRANSPARENT_MODULES = (
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.Flatten,
-    nn.Identity,
-    nn.Sigmoid,
-    nn.Softmax,
-    nn.Upsample,
-    nn.modules.dropout._DropoutNd,
-)
-_TRANSPARENT_NAMES = {
-    *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d", "contiguous", "dropout", "flatten"),
-    *("float", "getitem", "interpolate", "mean", "permute", "reshape", "sigmoid", "softmax", "squeeze", "transpose"),
-    *("unsqueeze", "upsample", "view"),
-}
-# What treats each channel alone, so that missing ones are missed behind it and no sooner.
-_CHANNELWISE_MODULES = (
-    *(nn.BatchNorm2d, nn.BatchNorm3d, nn.Identity, nn.modules.dropout._DropoutNd),
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Sigmoid, nn.Tanh),
-    *(nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d, nn.AvgPool3d),
-)
-_CHANNELWISE_NAMES = frozenset({"relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "mish"})
-_ADDITIONS = frozenset({"add", "add_", "iadd"})
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 _FUNCTIONAL_CONVS = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"})
 
@@ -123,15 +97,15 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Trace:
 
 def _trace(model: nn.Module, example_inputs: Any) -> Trace:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin, fake = _twin(model, mode)
+    twin, fake, hooked = _twin(model, mode)
     names = {module: name for name, module in twin.named_modules() if isinstance(module, nn.Conv2d | nn.Conv3d)}
     result = Trace("module tree")
     try:
-        _read_graph(result, twin, "", symbolic(twin), names)
+        _read_graph(result, twin, "", symbolic(twin, hooked), names)
         result.source = "fx"
     except Exception as error:
         result.problem = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
-        _read_parts(result, twin, "", names)
+        _read_parts(result, twin, "", names, hooked)
         if result.facts:
             result.source = "fx in parts"
     result.facts = {name: replace(facts, source=result.source) for name, facts in result.facts.items()}
@@ -140,33 +114,57 @@ def _trace(model: nn.Module, example_inputs: Any) -> Trace:
     return result
 
 
-def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, bool]:
-    """A copy of the structure with fake parameters and buffers; the model itself where it cannot be copied."""
+def _twin(model: nn.Module, mode: FakeTensorMode) -> tuple[nn.Module, bool, set[nn.Module]]:
+    """A copy of the structure with fake parameters and buffers; the model itself where it cannot be copied.
+
+    Also says which modules of it the user has hooked.
+    """
     try:
         tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         memo: dict[int, Any] = {key: mode.from_tensor(tensor) for key, tensor in tensors.items()}
         twin = copy.deepcopy(model, memo)
     except Exception:
-        return model, False
+        return model, False, {module for module in model.modules() if module._forward_hooks or _own_hooks(module)}
+    hooked: set[nn.Module] = set()
     for module in twin.modules():  # the user's hooks must not see this pass
+        own = _own_hooks(module)
+        if own or module._forward_hooks:
+            hooked.add(module)
         module._forward_hooks.clear()
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if not type(hook).__module__.startswith("torch."):  # weight_norm and its kind compute the weight
-                del module._forward_pre_hooks[key]
-    return twin.eval(), True
+        for key in own:
+            del module._forward_pre_hooks[key]
+    return twin.eval(), True, hooked
+
+
+def _own_hooks(module: nn.Module) -> list[int]:
+    """The user's pre-hooks: weight_norm and its kind, which compute the weight, are PyTorch's."""
+    hooks = module._forward_pre_hooks.items()
+    return [key for key, hook in hooks if not type(hook).__module__.startswith("torch.")]
 
 
 # -- fx ------------------------------------------------------------------------------------------------
 
 
 class LayerTracer(fx.Tracer):
-    """Keeps convolutions and norms whole, also subclasses outside torch.nn, and what timm asks to keep whole."""
+    """Keeps convolutions and norms whole, also subclasses outside torch.nn, and what timm asks to keep whole.
 
-    def __init__(self) -> None:
+    What goes into and comes out of a ``hooked`` module has ``meta["hooked"]``.
+    """
+
+    def __init__(self, hooked: Collection[nn.Module] = ()) -> None:
         timm_fx = sys.modules.get("timm.layers._fx") or sys.modules.get("timm.models._features_fx")
         functions: tuple[Callable, ...] = tuple(timm_fx.get_notrace_functions()) if timm_fx else ()
         super().__init__(autowrap_functions=functions)
         self.leaves = (nn.modules.conv._ConvNd, *_NORMS, *(timm_fx.get_notrace_modules() if timm_fx else ()))
+        self.hooked = hooked
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().call_module(m, forward, args, kwargs)
+        if m in self.hooked:
+            for value in pytree.tree_leaves((args, kwargs, result)):
+                if isinstance(value, fx.Proxy):
+                    value.node.meta["hooked"] = True
+        return result
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if type(m) is nn.Identity and not (m._forward_hooks or m._forward_pre_hooks):
@@ -174,11 +172,11 @@ class LayerTracer(fx.Tracer):
         return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
-def symbolic(module: nn.Module) -> fx.Graph:
+def symbolic(module: nn.Module, hooked: Collection[nn.Module] = ()) -> fx.Graph:
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         raise TypeError("the network is a single convolution")  # fx would look inside it
     with _untouched(module):  # a forward that stores what it computes stores proxies
-        return LayerTracer().trace(module)
+        return LayerTracer(hooked).trace(module)
 
 
 @contextmanager
@@ -203,7 +201,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def _read_parts(result: Trace, module: nn.Module, prefix: str, names: dict[Any, str]) -> None:
+def _read_parts(
+    result: Trace, module: nn.Module, prefix: str, names: dict[Any, str], hooked: Collection[nn.Module]
+) -> None:
     """Trace the largest sub-trees that trace."""
     for child_name, child in module.named_children():
         path = f"{prefix}{child_name}"
@@ -215,9 +215,9 @@ def _read_parts(result: Trace, module: nn.Module, prefix: str, names: dict[Any, 
             if isinstance(child, nn.ModuleList | nn.ModuleDict):
                 raise TypeError("has no forward of its own")
             part = Trace("")
-            _read_graph(part, child, f"{path}.", symbolic(child), names)
+            _read_graph(part, child, f"{path}.", symbolic(child, hooked), names)
         except Exception:
-            _read_parts(result, child, f"{path}.", names)
+            _read_parts(result, child, f"{path}.", names, hooked)
             continue
         result.functional += part.functional
         for name, facts in part.facts.items():
@@ -235,7 +235,7 @@ def _read_graph(result: Trace, root: nn.Module, prefix: str, graph: fx.Graph, na
             calls[name].append(node)
         elif node.op == "call_function" and getattr(node.target, "__name__", "") in _FUNCTIONAL_CONVS:
             result.functional.append(f"{prefix}{_owner(node)}{node.target.__name__}()")
-    outputs = _output_convs(graph, modules)
+    outputs = output_convs(graph, modules)
     for name, nodes in calls.items():
         users = [user for node in nodes for user in node.users]
         norms = {user.target for user in users if user.op == "call_module" and isinstance(modules[user.target], _NORMS)}
@@ -245,67 +245,12 @@ def _read_graph(result: Trace, root: nn.Module, prefix: str, graph: fx.Graph, na
             feeds_norm=feeds_norm,
             norm=f"{prefix}{norms.pop()}" if feeds_norm and len(norms) == 1 else None,
             is_output=any(node in outputs for node in nodes),
-            reader=_reader(nodes[0], modules, names) if len(nodes) == 1 else None,
-            shortcut=_shortcut(nodes[0], modules, calls) if len(nodes) == 1 else None,
+            reader=reader(nodes[0], modules, names) if len(nodes) == 1 else None,
+            shortcut=shortcut(nodes[0], modules, calls) if len(nodes) == 1 else None,
         )
     for name, facts in result.facts.items():  # a convolution that runs twice reads several tensors
         if facts.reader is not None and len(calls.get(facts.reader, ())) != 1:
             result.facts[name] = replace(facts, reader=None)
-
-
-def _reader(conv: fx.Node, modules: dict[str, nn.Module], names: dict[Any, str]) -> str | None:
-    """The convolution that alone reads a result, behind what treats each channel alone."""
-    node, dims = conv, len(modules[str(conv.target)].kernel_size)  # type: ignore[arg-type]
-    while len(users := [user for user in node.users if not _asks_shape(user)]) == 1:
-        before, node = node, users[0]
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if module in names:
-            return names[module]
-        if not (_is_channelwise(module) if module is not None else _calls_channelwise(node, before, dims)):
-            return None
-    return None
-
-
-def _shortcut(conv: fx.Node, modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]) -> str | None:
-    """The convolution whose input is added to a result, if that one runs before."""
-    node = conv
-    for _ in range(2):  # the norm, then the sum
-        if len(node.users) != 1:
-            return None
-        before, node = node, next(iter(node.users))
-        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.modules.batchnorm._BatchNorm):
-            break
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    others = [each for each in node.args if isinstance(each, fx.Node) and each is not before]
-    if node.op not in ("call_function", "call_method") or name not in _ADDITIONS or len(others) != 1 or node.kwargs:
-        return None
-    order = {each: index for index, each in enumerate(conv.graph.nodes)}
-    found = (n for n, each in calls.items() if len(each) == 1 and each[0].args[:1] == (others[0],))
-    return next((name for name in found if order[calls[name][0]] < order[conv]), None)
-
-
-def _asks_shape(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("size", "dim")
-    return (
-        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
-    )
-
-
-def _is_channelwise(module: nn.Module) -> bool:
-    watched = module._forward_hooks or module._forward_pre_hooks
-    return isinstance(module, _CHANNELWISE_MODULES) and not watched
-
-
-def _calls_channelwise(node: fx.Node, of: fx.Node, dims: int) -> bool:
-    """Whether a call treats each channel of ``of`` alone, and reads no other tensor."""
-    if node.op not in ("call_function", "call_method") or node.args[:1] != (of,):
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name == "pad":  # two amounts more would pad the channels, too
-        amounts = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
-        return isinstance(amounts, list | tuple) and len(amounts) <= 2 * dims
-    return len(node.all_input_nodes) == 1 and name in _CHANNELWISE_NAMES
 
 
 def _owner(node: fx.Node) -> str:
@@ -313,25 +258,6 @@ def _owner(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()), ("",))[0] if stack else ""
     return f"{path}." if path else ""
-
-
-def _output_convs(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
-    """Convolution calls from which only averaging, reshaping and resizing leads to the graph's result."""
-    found: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
-    pending = [argument for node in graph.nodes if node.op == "output" for argument in node.all_input_nodes]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        module = modules.get(node.target) if node.op == "call_module" else None
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            found.add(node)
-        elif isinstance(module, _TRANSPARENT_MODULES) or (module is None and name in _TRANSPARENT_NAMES):
-            pending += node.all_input_nodes[:1]
-    return found
 
 
 # -- one forward pass ----------------------------------------------------------------------------------

@@ -174,7 +174,8 @@ def pooled_static(layer: DynamicConv, x: Tensor) -> Tensor:
     if isinstance(choice, int):
         mask = present[choice : choice + 1]
     else:
-        index = (choice > 0).int().argmax(-1)
+        opened = nn.functional.pad((choice[:, :-1] > 0).int(), (0, 1), value=1)  # where none is, the cheapest
+        index = opened.argmax(-1)
         mask = present.index_select(0, index)
         if layer.frames_per_sample > 1:
             mask = mask.repeat_interleave(layer.frames_per_sample, dim=0)

@@ -84,7 +84,7 @@ def _read_mixed(layer: DynamicConv, x: Tensor) -> Tensor:
     rows = weights.repeat_interleave(layer.frames_per_sample, dim=0)
     shape = (-1, *(1,) * (y.dim() - 1))
     soft = sum(each * row.to(y.dtype).view(shape) for each, row in zip(results, rows.unbind(1), strict=True))
-    hard = _largest(rows, (each.detach() for each in reversed(results)))
+    hard = _largest(rows > 0, (each.detach() for each in reversed(results)))
     return replace_value(soft, hard)
 
 

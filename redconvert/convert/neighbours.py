@@ -1,0 +1,113 @@
+"""What stands behind a convolution in a graph: its reader, what is added to its result, whether it is the output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx, nn
+
+__all__ = ["output_convs", "reader", "shortcut"]
+
+# Modules and functions that hand a prediction on without mixing channels: a convolution whose result
+# meets nothing else on its way out is the output layer.
+_TRANSPARENT_MODULES = (
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.Flatten,
+    nn.Identity,
+    nn.Sigmoid,
+    nn.Softmax,
+    nn.Upsample,
+    nn.modules.dropout._DropoutNd,
+)
+_TRANSPARENT_NAMES = {
+    *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "avg_pool2d", "avg_pool3d", "contiguous", "dropout", "flatten"),
+    *("float", "getitem", "interpolate", "mean", "permute", "reshape", "sigmoid", "softmax", "squeeze", "transpose"),
+    *("unsqueeze", "upsample", "view"),
+}
+# What treats each channel alone, so that missing ones are missed behind it and no sooner.
+_CHANNELWISE_MODULES = (
+    *(nn.BatchNorm2d, nn.BatchNorm3d, nn.Identity, nn.modules.dropout._DropoutNd),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Sigmoid, nn.Tanh),
+    *(nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d, nn.AvgPool3d),
+)
+_CHANNELWISE_NAMES = frozenset({"relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "mish"})
+_ADDITIONS = frozenset({"add", "add_", "iadd"})
+
+
+def reader(conv: fx.Node, modules: dict[str, nn.Module], names: dict[Any, str]) -> str | None:
+    """The convolution that alone reads a result, behind what treats each channel alone."""
+    node, dims = conv, len(modules[str(conv.target)].kernel_size)  # type: ignore[arg-type]
+    while not node.meta.get("hooked"):  # a hook sees, or changes, all channels
+        users = [user for user in node.users if not _asks_shape(user)]
+        if len(users) != 1:
+            return None
+        before, node = node, users[0]
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if module in names:
+            return names[module]
+        if not (_is_channelwise(module) if module is not None else _calls_channelwise(node, before, dims)):
+            return None
+    return None
+
+
+def shortcut(conv: fx.Node, modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]) -> str | None:
+    """The convolution whose input is added to a result, if that one runs before."""
+    node = conv
+    for _ in range(2):  # the norm, then the sum
+        if len(node.users) != 1:
+            return None
+        before, node = node, next(iter(node.users))
+        if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.modules.batchnorm._BatchNorm):
+            break
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    others = [each for each in node.args if isinstance(each, fx.Node) and each is not before]
+    if node.op not in ("call_function", "call_method") or name not in _ADDITIONS or len(others) != 1 or node.kwargs:
+        return None
+    order = {each: index for index, each in enumerate(conv.graph.nodes)}
+    found = (n for n, each in calls.items() if len(each) == 1 and each[0].args[:1] == (others[0],))
+    return next((name for name in found if order[calls[name][0]] < order[conv]), None)
+
+
+def _asks_shape(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return (
+        node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+    )
+
+
+def _is_channelwise(module: nn.Module) -> bool:
+    return isinstance(module, _CHANNELWISE_MODULES)
+
+
+def _calls_channelwise(node: fx.Node, of: fx.Node, dims: int) -> bool:
+    """Whether a call treats each channel of ``of`` alone, and reads no other tensor."""
+    if node.op not in ("call_function", "call_method") or node.args[:1] != (of,):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name == "pad":  # two amounts more would pad the channels, too
+        amounts = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
+        return isinstance(amounts, list | tuple) and len(amounts) <= 2 * dims
+    return len(node.all_input_nodes) == 1 and name in _CHANNELWISE_NAMES
+
+
+def output_convs(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
+    """Convolution calls from which only averaging, reshaping and resizing leads to the graph's result."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    pending = [argument for node in graph.nodes if node.op == "output" for argument in node.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        module = modules.get(node.target) if node.op == "call_module" else None
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            found.add(node)
+        elif isinstance(module, _TRANSPARENT_MODULES) or (module is None and name in _TRANSPARENT_NAMES):
+            pending += node.all_input_nodes[:1]
+    return found
