@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +17,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from .config import LayerConfig
-from .convert import ConvFacts, convert_layer, revert
+from .convert import ConvFacts, revert
 from .convert.judge import obstacle
 from .convert.plan import check_model
 from .convert.rewrite import copied
@@ -29,6 +26,7 @@ from .files import write_bytes_atomic, write_text_atomic
 from .inputs import unwrapped
 from .layers import DynamicConv, dynamic_layers
 from .layers.absorb import link
+from .saved import SavedLayer, conv_facts, describe, unpaired
 from .weights import (
     check_fit,
     check_values,
@@ -51,61 +49,6 @@ WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
 LEFT_BEHIND = re.compile(rf"\.({WEIGHTS.pattern}|config\.json)\.[0-9a-f]+\.tmp")  # by a writer that was killed
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class SavedLayer:
-    """What it takes to make one convolution dynamic again, and to know it when we see it."""
-
-    config: LayerConfig
-    num_frames: int | None
-    gate_frames: int
-    feeds_norm: bool
-    conv: dict[str, Any]
-    aliases: tuple[str, ...]
-    reader: str | None = None  # the layer that absorbs Phi_c
-    reads: tuple[int, ...] | None = None  # channels of each candidate of the layer that this one reads
-
-    def convert(self, conv: nn.Module, name: str) -> DynamicConv:
-        return convert_layer(
-            conv,
-            self.config,
-            name=name,
-            num_frames=self.num_frames,
-            gate_frames=self.gate_frames,
-            feeds_norm=self.feeds_norm,
-            hands_over=self.reader is not None,
-            reads=self.reads,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "config": LayerConfig.to_dict(self.config),
-            "num_frames": self.num_frames,
-            "gate_frames": self.gate_frames,
-            "feeds_norm": self.feeds_norm,
-            "conv": self.conv,
-            "aliases": list(self.aliases),
-            "reader": self.reader,
-            "reads": None if self.reads is None else list(self.reads),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SavedLayer:
-        """KeyError, TypeError or ValueError where this is no saved layer."""
-        frames = (values["num_frames"], values["gate_frames"])
-        if not all(isinstance(value, int) and value > 0 for value in frames if value is not None):
-            raise ValueError(f"num_frames and gate_frames are {frames}")
-        return cls(
-            LayerConfig.from_dict(values["config"]),
-            frames[0],
-            int(frames[1]),
-            bool(values["feeds_norm"]),
-            dict(values["conv"]),
-            tuple(values["aliases"]),
-            values.get("reader"),  # older saves have neither
-            None if values.get("reads") is None else tuple(map(int, values["reads"])),
-        )
 
 
 # -- saving --------------------------------------------------------------------------------------------
@@ -131,7 +74,7 @@ def save_pretrained(dynamic: nn.Module, folder: str | os.PathLike[str]) -> None:
     model = unwrapped(dynamic)
     converted = dynamic_layers(model)
     readers = {layer.reads_from: without_compile(name) for name, layer in converted.items() if layer.reads_from}
-    layers = {without_compile(name): _describe(name, layer, model, readers) for name, layer in converted.items()}
+    layers = {without_compile(name): describe(name, layer, model, readers) for name, layer in converted.items()}
     tensors, shared = _for_disk(model)
     target = Path(folder)
     _prepare(target)
@@ -156,32 +99,6 @@ def save_pretrained(dynamic: nn.Module, folder: str | os.PathLike[str]) -> None:
     write_text_atomic(target / CONFIG, json.dumps(config, indent=2) + "\n")
     _sync(target)
     _remove_old(target, keep=weights)
-
-
-def _describe(name: str, layer: DynamicConv, model: nn.Module, readers: Mapping[Any, str]) -> SavedLayer:
-    others = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
-    return SavedLayer(
-        layer.config,
-        layer.num_frames,
-        layer.gate.num_frames,
-        layer.feeds_norm,
-        _conv_facts(layer),
-        tuple(without_compile(other) for other in others if other != name),
-        readers[layer.hands_to] if layer.hands_to is not None else None,
-        layer.cheap_in.channels if layer.cheap_in is not None else None,
-    )
-
-
-def _conv_facts(conv: nn.Module) -> dict[str, Any]:
-    """What a convolution must have in common with the saved one."""
-    dense = type(conv).dense_class if isinstance(conv, DynamicConv) else type(conv)
-    return {
-        "type": dense.__name__,
-        "in_channels": conv.in_channels,
-        "out_channels": conv.out_channels,
-        "kernel_size": list(conv.kernel_size),  # type: ignore[arg-type]
-        "groups": conv.groups,
-    }
 
 
 def _for_disk(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -332,6 +249,9 @@ def _read_layers(folder: Path, saved: dict[str, Any]) -> dict[str, SavedLayer]:
         raise _damaged(folder / CONFIG, f"layers: {type(error).__name__}: {error}") from error
     if not layers:
         raise _damaged(folder / CONFIG, "it names no layers")
+    problem = unpaired(layers)
+    if problem is not None:
+        raise _damaged(folder / CONFIG, problem)
     return layers
 
 
@@ -370,7 +290,7 @@ def _check_layers(model: nn.Module, layers: dict[str, SavedLayer], folder: Path)
         )
     for name, layer in layers.items():
         conv = modules[name]
-        facts = _conv_facts(conv)
+        facts = conv_facts(conv)
         different = [
             f"{key} {facts[key]} instead of {layer.conv.get(key)}" for key in facts if facts[key] != layer.conv.get(key)
         ]
@@ -383,8 +303,6 @@ def _check_layers(model: nn.Module, layers: dict[str, SavedLayer], folder: Path)
                 f"{what}: layer '{name}' is also called {names[conv][1:] or 'nothing else'}, the saved one "
                 f"{list(layer.aliases) or 'nothing else'}. Share the same layers as the network that was saved"
             )
-        if layer.reader is not None and (layer.reader not in layers or layers[layer.reader].reads is None):
-            raise RedconvertError(f"{what}: layer '{name}' names '{layer.reader}' as its reader, which is none")
         reason = obstacle(conv, ConvFacts())  # type: ignore[arg-type]
         if reason:
             raise RedconvertError(f"{what}: layer '{name}' cannot become dynamic: {reason}")

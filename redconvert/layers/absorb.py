@@ -67,6 +67,13 @@ class Handover:
         kept = torch.tensor(self.channels, device=like.device)
         return (self.rebuild.inverse[ranks] < kept[:, None]).to(like.dtype)
 
+    def give_all(self, like: Tensor, num_samples: int) -> None:
+        """All channels are there."""
+        full = torch.zeros(num_samples, len(self.channels), device=like.device, dtype=like.dtype)
+        full[:, 0] = 1
+        self.source = Source(full, [0] * num_samples)
+        self.static = 0, None
+
     def take(self, num_samples: int, reader: str) -> Source:
         """What the source said of this call."""
         if self.source is None or len(self.source.candidates) != num_samples:

@@ -31,9 +31,7 @@ def problems(draw):
 
 
 def cost(chosen, sources):
-    return sum(
-        choice.cost(chosen[sources[name]].channel if name in sources else 0) for name, choice in chosen.items()
-    )
+    return sum(choice.cost(chosen[sources[name]].channel if name in sources else 0) for name, choice in chosen.items())
 
 
 @settings(max_examples=200, deadline=None)

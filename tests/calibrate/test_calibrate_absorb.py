@@ -52,9 +52,7 @@ def test_patches_are_what_the_convolution_reads(dims, kernel, stride, padding, d
     with torch.no_grad():
         y = conv(x)
         layer = copy.deepcopy(conv)
-        layer = redconvert.convert(
-            nn.Sequential(layer), redconvert.ConvertConfig(rules=[("0", {})], temporal=False)
-        )[0]
+        layer = redconvert.convert(nn.Sequential(layer), redconvert.ConvertConfig(rules=[("0", {})], temporal=False))[0]
         patches, positions = _patches(layer, x, y, count, torch.Generator().manual_seed(0))
         found = torch.einsum("ok,nkp->nop", conv.weight.flatten(1), patches) + conv.bias[:, None]
     assert len(positions) == min(count, y[0, 0].numel()) == len(set(positions.tolist()))

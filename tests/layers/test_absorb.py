@@ -47,7 +47,7 @@ def make(x, dims=3, norm_eval=True, order=True, **options):
     nn.init.normal_(plain.norm.weight)
     nn.init.normal_(plain.norm.bias)
     plain.norm.running_mean.normal_()
-    rules = {"rules": (("b", {}),)}
+    rules = {"rules": (("a", {}), ("b", {}))}
     settings_ = ConvertConfig(absorb=True, min_saving=0, gate_hidden=4, rebuild_weight=0, **config, **rules)
     model = redconvert.convert(plain, settings_, example_inputs=x)
     assert model.a.hands_to is model.b.reads_from is not None
@@ -243,7 +243,6 @@ def test_gradients_are_those_of_the_soft_sum():
     h = F.relu(model.norm(nn_conv(model.a, x)))
     y = sum(w[:, s].view(-1, 1, 1, 1, 1) * read(model.b, h, s) for s in range(3))
     v = candidate_weights(model.b.gate(h.mean((-2, -1)))[0])
-    soft = sum(v[:, i].view(-1, 1, 1, 1, 1) * own(model.b, y, i) for i in range(3))
     # Straight-through: the reader's own gate sees the value that was taken, y_0, and W, x, D the soft sum.
     taken = y + (read(model.b, h, 0) - y).detach()
     soft = sum(v[:, i].view(-1, 1, 1, 1, 1) * own(model.b, taken, i) for i in range(3))

@@ -1,0 +1,127 @@
+"""What a saved network says of each dynamic layer: enough to make it again, and to know it when we see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .config import LayerConfig
+from .convert import convert_layer
+from .layers import Candidates, DynamicConv
+from .weights import without_compile
+
+__all__ = ["SavedLayer", "conv_facts", "describe", "unpaired"]
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """What it takes to make one convolution dynamic again, and to know it when we see it."""
+
+    config: LayerConfig
+    num_frames: int | None
+    gate_frames: int
+    feeds_norm: bool
+    conv: dict[str, Any]
+    aliases: tuple[str, ...]
+    reader: str | None = None  # the layer that absorbs Phi_c
+    reads: tuple[int, ...] | None = None  # channels of each candidate of the layer that this one reads
+
+    def convert(self, conv: nn.Module, name: str) -> DynamicConv:
+        return convert_layer(
+            conv,
+            self.config,
+            name=name,
+            num_frames=self.num_frames,
+            gate_frames=self.gate_frames,
+            feeds_norm=self.feeds_norm,
+            hands_over=self.reader is not None,
+            reads=self.reads,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "config": LayerConfig.to_dict(self.config),
+            "num_frames": self.num_frames,
+            "gate_frames": self.gate_frames,
+            "feeds_norm": self.feeds_norm,
+            "conv": self.conv,
+            "aliases": list(self.aliases),
+            "reader": self.reader,
+            "reads": None if self.reads is None else list(self.reads),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SavedLayer:
+        """KeyError, TypeError or ValueError where this is no saved layer."""
+        frames = (values["num_frames"], values["gate_frames"])
+        if not all(isinstance(value, int) and value > 0 for value in frames if value is not None):
+            raise ValueError(f"num_frames and gate_frames are {frames}")
+        return cls(
+            LayerConfig.from_dict(values["config"]),
+            frames[0],
+            int(frames[1]),
+            bool(values["feeds_norm"]),
+            dict(values["conv"]),
+            tuple(values["aliases"]),
+            *_absorbed(values.get("reader"), values.get("reads")),  # older saves have neither
+        )
+
+
+def _absorbed(reader: Any, reads: Any) -> tuple[str | None, tuple[int, ...] | None]:
+    """The two entries of absorbed channels, if that is what they are."""
+    if not (reader is None or isinstance(reader, str)):
+        raise TypeError(f"reader is {reader!r}")
+    counts = reads is None or (isinstance(reads, list) and all(isinstance(each, int) and each > 0 for each in reads))
+    if not counts:
+        raise TypeError(f"reads is {reads!r}")
+    return reader, None if reads is None else tuple(reads)
+
+
+def describe(name: str, layer: DynamicConv, model: nn.Module, readers: Mapping[Any, str]) -> SavedLayer:
+    others = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
+    return SavedLayer(
+        layer.config,
+        layer.num_frames,
+        layer.gate.num_frames,
+        layer.feeds_norm,
+        conv_facts(layer),
+        tuple(without_compile(other) for other in others if other != name),
+        readers[layer.hands_to] if layer.hands_to is not None else None,
+        layer.cheap_in.channels if layer.cheap_in is not None else None,
+    )
+
+
+def conv_facts(conv: nn.Module) -> dict[str, Any]:
+    """What a convolution must have in common with the saved one."""
+    dense = type(conv).dense_class if isinstance(conv, DynamicConv) else type(conv)
+    return {
+        "type": dense.__name__,
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "kernel_size": list(conv.kernel_size),  # type: ignore[arg-type]
+        "groups": conv.groups,
+    }
+
+
+def unpaired(layers: Mapping[str, SavedLayer]) -> str | None:
+    """What is wrong with who reads whose channels, in words; None where every pair fits."""
+    sources: dict[str, str] = {}
+    for name, layer in layers.items():
+        if layer.reader is None:
+            continue
+        reader = layers.get(layer.reader)
+        if reader is None or reader.reads is None or layer.reader in sources:
+            return f"layer '{name}' names '{layer.reader}' as its reader, which reads others or none"
+        if _channels(layer) != reader.reads or reader.conv.get("in_channels") != reader.reads[0]:
+            return f"layer '{layer.reader}' reads {reader.reads} channels, and '{name}' does not hand over these"
+        sources[layer.reader] = name
+    alone = next((name for name, layer in layers.items() if layer.reads is not None and name not in sources), None)
+    return None if alone is None else f"layer '{alone}' reads channels that no layer hands over"
+
+
+def _channels(layer: SavedLayer) -> tuple[int, ...]:
+    """How many channels each candidate computes."""
+    return Candidates.build(layer.conv["out_channels"], layer.conv["groups"], layer.config, temporal=False).channels
