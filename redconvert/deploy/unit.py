@@ -11,13 +11,13 @@ from torch.nn.functional import one_hot
 
 from ..layers import Decision, DynamicConv, GateWeights
 from ..layers.absorb import Source
-from ..layers.cheap import Depthwise, Nothing, Pointwise, Scale
 from ..layers.routing import FULL, group_samples, route, select
 from .absorbed import absorbed_filter, kept_alone
 from .decide import FoldedGate
 from .frames import Frames, full
-from .kernels import Assembly, Filling
+from .kernels import Filling
 from .pack import Filter, PackedConv, from_rows, to_rows
+from .reduced import Reduced, reduce
 from .taps import Reading, reading
 from .vectors import ACTIVATIONS
 
@@ -49,17 +49,6 @@ class Batch:
     always_ask: bool = False
     gates_run: bool = True
     seen: dict[Unit, list[Seen]] = field(default_factory=dict)
-
-
-@dataclass
-class Reduced:
-    """Channel candidate i: what it convolves with, and how the other channels come from that."""
-
-    filter: Filter
-    inputs: Tensor | None  # input channels that the kept groups read; None: all
-    cheap: PackedConv | None  # None: one source channel each, which the assembly does
-    cheap_source: Tensor | None  # channels that a depthwise operation reads
-    assembly: Assembly
 
 
 class Unit(nn.Module):
@@ -167,11 +156,9 @@ class Unit(nn.Module):
 
             out = route(groups, part, whole)
         if self.layer.observers:
-            shapes = [
-                _with_channels(value.shape, each) for value, each in ((x, self.in_channels), (out, self.channels))
-            ]
+            given, made = _with_channels(x.shape, self.in_channels), _with_channels(out.shape, self.channels)
             weights = self._weights(decisions, z)
-            self.batch.seen.setdefault(self, []).append(Seen(*shapes, decisions, weights, self._source_weights()))
+            self.batch.seen.setdefault(self, []).append(Seen(given, made, decisions, weights, self._source_weights()))
         return out
 
     def _hand_over(self, decisions: list[Decision], z: Tensor | None) -> bool:
@@ -321,7 +308,7 @@ class Unit(nn.Module):
             skip = self.layer.candidates.strides[temporal] if self.gate is not None else 1
             read = reading(base, skip, x.shape[2], held, self._filling(temporal) is None)
             self._convolutions[key] = (
-                (read, self._pack(read.filter, _key(decision, alone, read.filter))) if read else None
+                (read, self.pack(read.filter, _key(decision, alone, read.filter))) if read else None
             )
         return self._convolutions[key]
 
@@ -337,7 +324,7 @@ class Unit(nn.Module):
             self._filters[key] = filter.pick(self.layer.hands_to.kept(channel)) if channel else filter
         return self._filters[key]
 
-    def _pack(self, filter: Filter, key: str) -> PackedConv:
+    def pack(self, filter: Filter, key: str) -> PackedConv:
         """Kept by key: a convolution is packed once, however it is reached."""
         if key not in self._packs:
             self._packs[key] = PackedConv(
@@ -397,45 +384,8 @@ class Unit(nn.Module):
 
     def _reduce(self, channel: int, source: int) -> Reduced:
         if (channel, source) not in self._reduced:
-            self._reduced[channel, source] = self._make_reduced(channel, source)
+            self._reduced[channel, source] = reduce(self, channel, source)
         return self._reduced[channel, source]
-
-    def _make_reduced(self, channel: int, source: int) -> Reduced:
-        rebuild, kept = self.layer.cheap_c, self.layer.candidates.channels[channel]
-        order, op = rebuild.order, rebuild.op(channel)
-        inputs = None
-        if self.filter.groups > 1:
-            outs, ins = len(order) // self.filter.groups, self.filter.weight.shape[1]
-            groups = order[:kept:outs] // outs
-            inputs = (groups[:, None] * ins + torch.arange(ins, device=order.device)).flatten()
-        index = torch.arange(len(order), device=order.device)
-        scale, shift = self.scale[order], self.shift[order]  # in ranks
-        cheap = cheap_source = None
-        dropped = slice(kept, None)
-        if isinstance(op, Nothing):
-            index[dropped], scale = 0, scale.clone()
-            scale[dropped] = 0
-        elif isinstance(op, Scale):
-            index[dropped] = op.source
-            scale, shift = scale.clone(), scale * 0 + shift
-            shift[dropped] += scale[dropped] * op.bias.detach().to(scale.dtype)
-            scale[dropped] *= op.weight.detach().to(scale.dtype)
-        else:
-            weight, bias = op.weight.detach().to(scale.dtype), op.bias.detach().to(scale.dtype)
-            pad, groups_c = (0, 0, 0), 1
-            if isinstance(op, Depthwise):
-                cheap_source, pad, groups_c = op.source, (0, 1, 1), len(weight)
-            assert isinstance(op, Pointwise | Depthwise)
-            weight = (
-                weight.view(len(weight), -1, 1, *weight.shape[2:])
-                if weight.dim() == 4
-                else weight[..., None, None, None]
-            )
-            cheap = self._pack(Filter(weight, bias, (1, 1, 1), pad, (1, 1, 1), groups_c), f"cheap {channel}")
-        inverse = order.argsort()
-        assembly = Assembly.build(index[inverse], scale[inverse], shift[inverse], kept)
-        filter = absorbed_filter(self.layer, self.filter, source)
-        return Reduced(filter.pick(order[:kept]), inputs, cheap, cheap_source, assembly)
 
 
 def _with_channels(shape: torch.Size, channels: int) -> torch.Size:
