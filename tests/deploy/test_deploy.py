@@ -230,6 +230,7 @@ def test_gates_that_never_change_their_mind_are_not_asked(clips, monkeypatch):
     fast = redconvert.deploy(dynamic, clips, bake=[clips])
     asked = []
     original = FoldedGate.__call__
+
     def ask(self, x, sources=None):
         asked.append(self.gate)
         return original(self, x, sources)
