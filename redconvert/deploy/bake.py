@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import DynamicConv, Recipe
-from ..layers.cheap import Depthwise, OneSource, Pointwise
-from .plain import JoinChannels, Pad, RebuildFrames, RecipePad, ScaleChannels, TakeChannels, TakeFrames
+from ..layers.cheap import Depthwise, Nothing, OneSource, Pointwise
+from .plain import JoinChannels, Pad, RebuildFrames, RecipePad, ScaleChannels, TakeChannels, TakeFrames, Zeros
 
 __all__ = ["Parts", "bake"]
 
@@ -26,16 +26,20 @@ class Parts(NamedTuple):
 
 
 @torch.no_grad()
-def bake(layer: DynamicConv, channel: int, temporal: int) -> Parts | None:
-    """The parts of one candidate; None where it is the full one. The layer is not changed."""
-    if channel == temporal == 0:
+def bake(layer: DynamicConv, channel: int, temporal: int, source: int = 0) -> Parts | None:
+    """The parts of one candidate; None where it is the full one. The layer is not changed.
+
+    ``source``: the candidate of the layer that is read, which hands over no more than its channels.
+    """
+    if channel == temporal == source == 0:
         return None
     computed, dropped = _ranks(layer, channel)
     pads, padding = _padding(layer)
-    steps = [*_frames_to_take(layer, temporal), *_channels_to_take(layer, computed), *pads]
+    takes = _channels_to_read(layer, source) if source else _channels_to_take(layer, computed)
+    steps = [*_frames_to_take(layer, temporal), *takes, *pads]
     return Parts(
         take=_chain(steps),
-        conv=_smaller(layer, computed if channel else None, temporal, padding),
+        conv=_smaller(layer, computed if channel else None, temporal, padding, source),
         rebuild=_rebuild(layer, channel, computed, dropped),
         expand=_expand(layer, temporal),
         candidate=(channel, temporal),
@@ -90,6 +94,17 @@ def _channels_to_take(layer: DynamicConv, computed: Tensor) -> list[nn.Module]:
     return [TakeChannels(index, len(layer.stride))]
 
 
+def _channels_to_read(layer: DynamicConv, source: int) -> list[nn.Module]:
+    """What the layer that is read computed."""
+    assert layer.reads_from is not None
+    return [TakeChannels(_in_place(layer.reads_from.kept(source)), len(layer.stride))]
+
+
+def _in_place(kept: Tensor) -> Tensor:
+    """Sorted: neighbours in memory stay neighbours."""
+    return kept.sort().values
+
+
 def _padding(layer: DynamicConv) -> tuple[list[nn.Module], tuple[int, ...]]:
     """What has to be padded before the convolution, and the padding that it does itself."""
     recipe, ones, mode = layer.recipe, (1,) * len(layer.stride), str(layer.padding_mode)
@@ -104,10 +119,14 @@ def _padding(layer: DynamicConv) -> tuple[list[nn.Module], tuple[int, ...]]:
     return [] if padded is probe else [Pad(amounts, "constant")], tuple(left)
 
 
-def _smaller(layer: DynamicConv, computed: Tensor | None, temporal: int, padding: tuple[int, ...]) -> nn.Module:
+def _smaller(
+    layer: DynamicConv, computed: Tensor | None, temporal: int, padding: tuple[int, ...], source: int
+) -> nn.Module:
     """A plain convolution of these ranks (None: of all channels, with the layer's own parameters)."""
     weight, bias = layer.weight, layer.bias
     full = layer.recipe.weight(layer)
+    if source:
+        full, bias = _absorbed(layer, full, source)
     if computed is not None:
         chosen = _order(layer)[computed]
         full = full.index_select(0, chosen)
@@ -130,6 +149,14 @@ def _smaller(layer: DynamicConv, computed: Tensor | None, temporal: int, padding
     return _filled(conv, weight if full is weight else _parameter(full, weight), bias)
 
 
+def _absorbed(layer: DynamicConv, weight: Tensor, source: int) -> tuple[Tensor, nn.Parameter]:
+    """W_i, its inputs sorted like those that are taken, and b_i."""
+    assert layer.cheap_in is not None and layer.reads_from is not None
+    kept = layer.reads_from.kept(source)
+    weight, bias = layer.cheap_in.filter(source, weight, layer.bias, kept)
+    return weight.index_select(1, kept.argsort()), _parameter(bias, layer.weight)
+
+
 def _filled(conv: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A convolution made without numbers gets them."""
     conv.weight, conv.bias = weight, bias
@@ -149,9 +176,11 @@ def _rebuild(layer: DynamicConv, channel: int, computed: Tensor, dropped: Tensor
         return nn.Identity()
     op, dims, dtype = layer.cheap_c.op(channel), len(layer.stride), layer.weight.dtype
     rows = dropped - len(computed)
-    bias = _parameter(op.bias[rows].to(dtype), op.bias)
     place = _order(layer)[torch.cat([computed, dropped])].argsort()
     index = None if _is_range(place) else place
+    if isinstance(op, Nothing):
+        return JoinChannels(Zeros(len(dropped), dims), index, dims)
+    bias = _parameter(op.bias[rows].to(dtype), op.bias)
     if isinstance(op, Pointwise):
         weight = _parameter(op.weight[rows][:, computed].to(dtype)[(..., *(None,) * dims)], op.weight)
         conv = _conv_class(layer)(len(computed), len(dropped), 1, device="meta")

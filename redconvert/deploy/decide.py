@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layers import Decision, GateWeights
+from ..layers.absorb import Handover
 from ..layers.gate import Gate, candidate_weights
 from . import kernels
+from .absorbed import masked_means
 from .frames import Frames
 from .pack import to_rows
 
@@ -22,22 +24,29 @@ class FoldedGate:
     are not seen.
     """
 
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
+    def __init__(self, gate: Gate, reads: Handover | None = None) -> None:
+        self.gate, self.reads = gate, reads
         self.split = gate.num_temporal if gate.num_temporal > 1 else 0  # z holds the temporal candidates first
         self._version = -1
         self._second: tuple[Tensor, Tensor] | None = None
-        self._first: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._first: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, x: Tensor | Frames) -> tuple[list[Decision], Tensor]:
-        """From the layer's input, a decision per sample and z ``(N, S_t + S_c)``. The device is read once."""
+    def __call__(self, x: Tensor | Frames, sources: list[int] | None = None) -> tuple[list[Decision], Tensor]:
+        """From the layer's input, a decision per sample and z ``(N, S_t + S_c)``. The device is read once.
+
+        ``sources``: of a layer that reads what another hands over, which candidate of that each sample has.
+        """
         held, stride = (x.held, x.stride) if isinstance(x, Frames) else (x, 1)
-        first = self._first.get((x.shape[2], stride)) or self._fold_first(x.shape[2], stride)
+        compact = sources[0] if sources and self.reads is not None and held.shape[1] < self.reads.channels[0] else 0
+        key = (x.shape[2], stride, compact)
+        first = self._first.get(key) or self._fold_first(*key)
         if self._second is None or self._version != self.gate.threshold._version:
             self._version = self.gate.threshold._version
             shift = (self.gate.beta.float() - self.gate.threshold.float()).detach()
             self._second = self.gate.fc2.weight.detach().float().T.contiguous(), shift
         pooled = x.pooled if isinstance(x, Frames) else None
+        if not compact and self.reads is not None and sources is not None and any(sources):
+            pooled = masked_means(x, self.reads, sources)
         z = kernels.gate(to_rows(held), first, self._second, pooled)
         rows = z.tolist()
         return [Decision(_first_open(row[self.split :]), _first_open(row[: self.split])) for row in rows], z
@@ -50,14 +59,19 @@ class FoldedGate:
             *(candidate_weights(part, normalize) if part.shape[1] else ones for part in (channel, temporal))
         )
 
-    def _fold_first(self, num_frames: int, stride: int) -> tuple[Tensor, Tensor]:
-        """W1 and b1 for clips of ``num_frames`` frames, of which every ``stride``-th is held and copied."""
+    def _fold_first(self, num_frames: int, stride: int, compact: int) -> tuple[Tensor, Tensor]:
+        """W1 and b1 for clips of ``num_frames`` frames, of which every ``stride``-th is held and copied.
+
+        ``compact``: a candidate of the layer that is read, whose channels they hold alone.
+        """
         gate, norm = self.gate, self.gate.norm
         assert norm.running_mean is not None and norm.running_var is not None
         scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
         weight = (gate.fc1.weight.float() * scale[:, None]).detach()
         # (hidden, C * T_gate) -> (hidden, T_gate, C) -> (T * C, hidden) for a clip of T frames
         weight = weight.unflatten(1, (-1, gate.num_frames)).transpose(1, 2)
+        if compact and self.reads is not None:
+            weight = weight.index_select(2, self.reads.kept(compact))
         if num_frames != gate.num_frames:
             eye = torch.eye(num_frames, dtype=weight.dtype, device=weight.device)
             pooling = F.adaptive_avg_pool1d(eye.unsqueeze(0), gate.num_frames)[0]  # (T, T_gate)
@@ -66,7 +80,7 @@ class FoldedGate:
             weight = torch.stack([part.sum(1) for part in weight.split(stride, dim=1)], dim=1)
         bias = norm.bias.float() - norm.running_mean.float() * scale
         folded = weight.flatten(1).T.contiguous(), bias.detach().contiguous()
-        self._first[num_frames, stride] = folded
+        self._first[num_frames, stride, compact] = folded
         return folded
 
 

@@ -22,6 +22,7 @@ from ..errors import RedconvertError
 from ..files import write_text_atomic
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in
 from ..layers import Decision, DynamicConv, GateWeights, Observation, dynamic_layers, observed
+from .absorbed import link_units
 from .frames import full
 from .fuse import filter_of, fuse
 from .pack import FORM_NAMES
@@ -278,7 +279,11 @@ def deploy(
 def _constant_decisions(dynamic: nn.Module, batches: Any) -> dict[DynamicConv, Decision]:
     """The layers whose decision is the same for every sample of the batches."""
     seen: dict[DynamicConv, set[Decision]] = {}
-    with evaluating(dynamic), observed(dynamic, lambda layer, o: seen.setdefault(layer, set()).update(o.decisions)):
+
+    def listen(layer: DynamicConv, observation: Observation) -> None:  # what others decide is no choice of its own
+        seen.setdefault(layer, set()).update(decision._replace(source=0) for decision in observation.decisions)
+
+    with evaluating(dynamic), observed(dynamic, listen):
         for batch in each_batch(batches):
             call_with(dynamic, move_to(batch, device_of(dynamic)))
     return {layer: next(iter(found)) for layer, found in seen.items() if len(found) == 1}
@@ -317,14 +322,17 @@ def _difference(found: Any, wanted: Any, dynamic: nn.Module) -> str | None:
 
 def _in_layers(network: nn.Module, batch: Batch, forms: Forms) -> tuple[Any, dict[str, Unit]]:
     """A twin of the network that shares its tensors and runs each dynamic layer as a unit of its own."""
+    layers = dynamic_layers(network).values()
     memo: dict[int, Any] = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
+    memo |= {id(layer.hands_to): layer.hands_to for layer in layers if layer.hands_to is not None}
     units: dict[str, Unit] = {}
-    for layer in dynamic_layers(network).values():
+    for layer in layers:
         filter = filter_of(layer)
         if filter is not None:
             target = f"unit{len(units)}"
             units[target] = Unit(layer, filter, None, "none", batch, forms.get(target))
             memo[id(layer)] = _Alone(units[target])
+    link_units(units.values())
     return copy.deepcopy(network, memo).eval(), units
 
 
@@ -349,7 +357,8 @@ def _observation(unit: Unit, seen: list[Seen]) -> Observation:
         rows = N * len(seen)
         shapes.append(torch.Size((rows * frames, C, H, W) if is_image else (rows, C, T, H, W)))
     weights = GateWeights(*(torch.cat(parts) for parts in zip(*(each.weights for each in seen), strict=True)))
-    return Observation(shapes[0], shapes[1], weights, decisions)
+    sources = [each.source for each in seen if each.source is not None]
+    return Observation(shapes[0], shapes[1], weights, decisions, torch.cat(sources) if sources else None)
 
 
 def _asks_its_gate(layer: DynamicConv) -> bool:

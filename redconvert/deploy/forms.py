@@ -83,7 +83,7 @@ def frozen_macs(dynamic: nn.Module, one: Any, decision: tuple[int, int], dense_m
 
     def count(macs: LayerMacs) -> float:
         i, j = min(decision[0], len(macs.conv) - 1), min(decision[1], len(macs.conv[0]) - 1)
-        return macs.conv[i][j] + macs.cheap[i][j] - macs.dense
+        return macs.convolved(i, j, min(decision[0], len(macs.reads) - 1)) + macs.cheap[i][j] - macs.dense
 
     return dense_macs + _added(dynamic, one, decision, count)
 

@@ -68,7 +68,8 @@ def freeze(
     chosen = _by_policy(dynamic, policy) if policy is not None else _by_gates(dynamic, batches, only_constant)
     target = dynamic if inplace else _copied(dynamic)
     layers = dynamic_layers(target)
-    baked = {layers[name]: bake(layers[name], *pair) for name, pair in chosen.items()}
+    sources = _sources(layers, chosen)
+    baked = {layers[name]: bake(layers[name], *pair, sources[name]) for name, pair in chosen.items()}
     for layer, parts in baked.items():  # nothing below can fail
         _swap(layer, parts)
     return target
@@ -148,7 +149,7 @@ def _by_gates(dynamic: nn.Module, batches: Any, only_constant: bool) -> dict[str
     counts: dict[DynamicConv, Counter[Decision]] = {layer: Counter() for layer in layers.values()}
 
     def listen(layer: DynamicConv, seen: Observation) -> None:
-        counts[layer].update(seen.decisions)
+        counts[layer].update(decision._replace(source=0) for decision in seen.decisions)
 
     with evaluating(dynamic), observed(dynamic, listen):
         for batch in each_batch(batches):
@@ -167,7 +168,30 @@ def _by_gates(dynamic: nn.Module, batches: Any, only_constant: bool) -> dict[str
         # Sorted from the most work on: max takes the first of equally frequent ones.
         most = max(sorted(decisions), key=decisions.__getitem__, default=Decision(0, 0))
         chosen[name] = (most.channel, most.temporal)
-    return chosen
+    return _whole_chains(layers, chosen)
+
+
+def _sources(layers: Mapping[str, DynamicConv], chosen: Mapping[str, Pair]) -> dict[str, int]:
+    """Which candidate each layer gets of the one that it reads, where that one hands over what it computes."""
+    handed = {layers[name].hands_to: channel for name, (channel, _) in chosen.items()}
+    return {
+        name: handed[layer.reads_from] if layer.reads_from is not None else 0
+        for name, layer in layers.items()
+        if name in chosen
+    }
+
+
+def _whole_chains(layers: Mapping[str, DynamicConv], chosen: dict[str, Pair]) -> dict[str, Pair]:
+    """Without those that are tied to a layer that stays dynamic: what one hands over, the other has to know."""
+    while True:
+        staying = {
+            h for name, layer in layers.items() if name not in chosen for h in (layer.hands_to, layer.reads_from)
+        }
+        ties = {name: {layers[name].hands_to, layers[name].reads_from} - {None} for name in chosen}
+        left = {name: pair for name, pair in chosen.items() if not ties[name] & staying}
+        if len(left) == len(chosen):
+            return left
+        chosen = left
 
 
 def _copied(dynamic: M) -> M:

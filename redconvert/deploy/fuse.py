@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..layers import DynamicConv
 from ..layers.recipes import Recipe, recipe_of
+from .absorbed import link_units, tell_who_hands_over
 from .excite import Excite, Squeeze
 from .pack import Filter
 from .pool import Pool
@@ -61,7 +62,10 @@ def fuse(
     excites = _fuse_excitations(graph, modules, batch)
     squeezes = _fuse_means(graph, modules, units)
     _tell_who_feeds_gates(graph, units, excites)
-    return {**units, **excites, **squeezes, **_fuse_pools(graph, modules)}
+    pools = _fuse_pools(graph, modules)
+    link_units(units.values())
+    tell_who_hands_over(graph, units, {**modules, **pools})
+    return {**units, **excites, **squeezes, **pools}
 
 
 def _simplify(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "ScaleChannels",
     "TakeChannels",
     "TakeFrames",
+    "Zeros",
 ]
 
 
@@ -155,6 +156,20 @@ class JoinChannels(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         joined = torch.cat([y, self.op(y)], dim=-1 - self.dims)
         return joined if self.index is None else take_channels(joined, self.index, self.dims)
+
+
+class Zeros(nn.Module):
+    """As many channels of zeros: those that nobody reads."""
+
+    def __init__(self, channels: int, dims: int) -> None:
+        super().__init__()
+        self.channels, self.dims = channels, dims
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}"
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y.new_zeros((*y.shape[: -1 - self.dims], self.channels, *y.shape[-self.dims :]))
 
 
 class ScaleChannels(nn.Module):

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from ..layers import Decision, DynamicConv, GateWeights
-from ..layers.cheap import Depthwise, Pointwise, Scale
+from ..layers.absorb import Source
 from ..layers.routing import FULL, group_samples, route, select
+from .absorbed import absorbed_filter, kept_alone
 from .decide import FoldedGate
 from .frames import Frames, full
-from .kernels import Assembly, Filling
+from .kernels import Filling
 from .pack import Filter, PackedConv, from_rows, to_rows
+from .reduced import Reduced, reduce
 from .taps import Reading, reading
 from .vectors import ACTIVATIONS
 
@@ -31,6 +33,7 @@ class Seen(NamedTuple):
     output_shape: torch.Size
     decisions: list[Decision]
     weights: GateWeights
+    source: Tensor | None = None
 
 
 @dataclass
@@ -48,17 +51,6 @@ class Batch:
     seen: dict[Unit, list[Seen]] = field(default_factory=dict)
 
 
-@dataclass
-class Reduced:
-    """Channel candidate i: what it convolves with, and how the other channels come from that."""
-
-    filter: Filter
-    inputs: Tensor | None  # input channels that the kept groups read; None: all
-    cheap: PackedConv | None  # None: one source channel each, which the assembly does
-    cheap_source: Tensor | None  # channels that a depthwise operation reads
-    assembly: Assembly
-
-
 class Unit(nn.Module):
     """``act(norm(conv(x)) [+ residual])``, dense or dynamic, on channels-last clips ``(N, C, T, H, W)``.
 
@@ -73,6 +65,8 @@ class Unit(nn.Module):
     Attributes:
         feeds_gate: a dynamic unit reads the result, and wants to know its means.
         feeds_mean: somebody else wants to know them.
+        reader, source: the units that read the channels which this one hands over, and whose channels it reads.
+        hands_compact: the reader gets what was computed alone, where all samples computed the same channels.
         baked: the decision that the gate always takes, so that it need not be asked; None where it is.
     """
 
@@ -92,19 +86,43 @@ class Unit(nn.Module):
         self.scale, self.shift = norm if norm is not None else (ones, torch.zeros_like(ones))
         self.filter, self.activation, self.batch, self.forms = filter, activation, batch, forms or {}
         self.folded = filter if norm is None else filter.scaled(*norm)
-        self.gate = FoldedGate(conv.gate) if isinstance(conv, DynamicConv) else None
-        self.feeds_gate = self.feeds_mean = False
+        self.gate = FoldedGate(conv.gate, conv.reads_from) if isinstance(conv, DynamicConv) else None
+        self.feeds_gate = self.feeds_mean = self.hands_compact = False
+        self._linked: dict[str, Unit] = {}  # in a dictionary: they are no parts of this one
+        self._said: tuple[list[Decision], Tensor | None] = [], None
         self.baked: Decision | None = None
         self._packs: dict[str, PackedConv] = {}
         self._shapes: dict[torch.Size, torch.Size] = {}
         self._convolutions: dict[Any, tuple[Reading, PackedConv] | None] = {}
-        self._reduced: dict[int, Reduced] = {}
-        self._fillings: dict[int, Filling | None] = {}
+        self._filters: dict[tuple[int, int, bool], Filter] = {}
+        self._reduced: dict[tuple[int, int], Reduced] = {}
+        self._fillings: dict[tuple[int, int], Filling | None] = {}
 
     @property
     def layer(self) -> Any:
         """The convolution that this unit computes."""
         return self._conv[0]
+
+    @property
+    def channels(self) -> int:
+        """C_out, and C_in below: of the whole convolution."""
+        return len(self.filter.weight)
+
+    @property
+    def in_channels(self) -> int:
+        return self.filter.weight.shape[1] * self.filter.groups
+
+    @property
+    def reader(self) -> Unit | None:
+        return self._linked.get("reader")
+
+    @property
+    def source(self) -> Unit | None:
+        return self._linked.get("source")
+
+    def reads(self, source: Unit) -> None:
+        """Tie this unit to the one whose channels it reads."""
+        self._linked["source"], source._linked["reader"] = source, self
 
     @property
     def frames_per_sample(self) -> int:
@@ -125,33 +143,64 @@ class Unit(nn.Module):
         if self.gate is None:
             return self.run(x, residual, FULL, overwrite)
         decisions, z = self.decide(x)
+        alone = self._hand_over(decisions, z)
         groups = group_samples(decisions)
         if len(groups) == 1:
-            out = self.run(x, residual, decisions[0], overwrite)
+            out = self.run(x, residual, decisions[0], overwrite, alone)
         else:
             whole, added = full(x), None if residual is None else full(residual)
 
             def part(decision: Decision, samples: Tensor | None) -> Tensor:
                 some = [None if each is None else select(each, 0, samples) for each in (whole, added)]  # type: ignore[arg-type]
-                return full(self.run(some[0], some[1], decision))  # type: ignore[arg-type]
+                return full(self.run(some[0], some[1], decision, alone=alone))  # type: ignore[arg-type]
 
             out = route(groups, part, whole)
         if self.layer.observers:
-            self.batch.seen.setdefault(self, []).append(
-                Seen(x.shape, out.shape, decisions, self._weights(decisions, z))
-            )
+            given, made = _with_channels(x.shape, self.in_channels), _with_channels(out.shape, self.channels)
+            weights = self._weights(decisions, z)
+            self.batch.seen.setdefault(self, []).append(Seen(given, made, decisions, weights, self._source_weights()))
         return out
+
+    def _hand_over(self, decisions: list[Decision], z: Tensor | None) -> bool:
+        """Tell the reader what it will get; whether that is the computed channels alone."""
+        handover = self.layer.hands_to
+        if handover is None:
+            return False
+        self._said = decisions, z
+        reader, candidates = self.reader, [decision.channel for decision in decisions]
+        told = self.filter.weight if reader is not None else self._weights(decisions, z).channel
+        handover.source = Source(told, candidates)  # a unit asks for weights only where somebody looks
+        alike = candidates.count(candidates[0]) == len(candidates)
+        return self.hands_compact and alike and reader is not None and reader.layer.enabled
+
+    def _source_weights(self) -> Tensor | None:
+        """The weights over the candidates of the layer that is read."""
+        if self.layer.reads_from is None:
+            return None
+        return (
+            self.layer.reads_from.source.weights if self.source is None else self.source._weights(*self.source._said)[0]
+        )
 
     def decide(self, x: Value) -> tuple[list[Decision], Tensor | None]:
         """One decision per sample, and what the gate said where it was asked."""
         layer, num_samples = self.layer, x.shape[0]
         if self.gate is None or not layer.enabled:
             return [FULL] * num_samples, None
+        if layer.reads_from is None:
+            return self._decide(x, None)
+        sources = layer.reads_from.take(num_samples, layer.layer_name).candidates
+        decisions, z = self._decide(x, sources)
+        return [decision._replace(source=s) for decision, s in zip(decisions, sources, strict=True)], z
+
+    def _decide(self, x: Value, sources: list[int] | None) -> tuple[list[Decision], Tensor | None]:
+        """``sources``: which candidate of the layer that is read each sample has."""
+        layer, num_samples = self.layer, x.shape[0]
+        assert self.gate is not None
         if layer.forced == (None, None):
-            return self.gate(x) if self.baked is None else ([self.baked] * num_samples, None)
+            return self.gate(x, sources) if self.baked is None else ([self.baked] * num_samples, None)
         axes = self._forced(num_samples)
         asked = self.batch.always_ask or any(index is None for axis in axes for index in axis)
-        gated, z = self.gate(x) if asked else ([FULL] * num_samples, None)
+        gated, z = self.gate(x, sources) if asked else ([FULL] * num_samples, None)
         rows = zip(gated, *axes, strict=True)
         return [Decision(g.channel if i is None else i, g.temporal if j is None else j) for g, i, j in rows], z
 
@@ -183,12 +232,16 @@ class Unit(nn.Module):
 
     # -- compute ---------------------------------------------------------------------------------------
 
-    def run(self, x: Value, residual: Value | None, decision: Decision, overwrite: bool = False) -> Value:
-        """One decision for all samples of x."""
+    def run(
+        self, x: Value, residual: Value | None, decision: Decision, overwrite: bool = False, alone: bool = False
+    ) -> Value:
+        """One decision for all samples of x; ``alone``: only the channels that it computes."""
+        if decision.source:
+            x = kept_alone(x, self.layer.reads_from, decision.source)
         if residual is not None and residual.shape != self._output_shape(x.shape):  # one of them is spread out
-            y = full(self._run(x, None, decision, "none")) + full(residual)
+            y = full(self._run(x, None, decision, "none", alone=alone)) + full(residual)
             return ACTIVATIONS[self.activation](y)
-        return self._run(x, residual, decision, self.activation, overwrite)
+        return self._run(x, residual, decision, self.activation, overwrite, alone)
 
     def _output_shape(self, shape: torch.Size) -> torch.Size:
         if shape not in self._shapes:
@@ -199,54 +252,79 @@ class Unit(nn.Module):
         return self._shapes[shape]
 
     def _run(
-        self, x: Value, residual: Value | None, decision: Decision, activation: str, overwrite: bool = False
+        self,
+        x: Value,
+        residual: Value | None,
+        decision: Decision,
+        activation: str,
+        overwrite: bool = False,
+        alone: bool = False,
     ) -> Value:
         i, j = decision.channel, decision.temporal
-        found = self._convolution(x, i, j)
+        alone = alone and i > 0
+        rebuilds = i > 0 and not alone
+        found = self._convolution(x, decision, alone)
         if found is None:  # needs frames that are not held
             x = full(x)
-            found = self._convolution(x, i, j)
+            found = self._convolution(x, decision, alone)
         assert found is not None
         read, packed = found
         held = x.held if isinstance(x, Frames) else x
-        filling = self._filling(j)
+        channel = i if alone else 0
+        filling = self._filling(j, channel)
         frames = Frames(held, read.stride, read.num_frames)
         fits = residual is None or read.stride == 1 or frames.alike(residual)
         fuses = activation in ("relu", "none")
         if filling is None and fits:
             added = residual.held if isinstance(residual, Frames) and read.stride > 1 else residual
-            gives = fuses if i else packed.gives_means()
-            means = self._means(x.shape[0], -(-read.num_frames // read.stride)) if gives else None
+            gives = fuses if rebuilds else packed.gives_means()
+            means = self._means(x.shape[0], -(-read.num_frames // read.stride), channel) if gives else None
             added = None if added is None else full(added)
-            y = self._compute(held, read, packed, i, added, activation, overwrite, means)
+            reduced = self._reduce(i, decision.source) if rebuilds else None
+            y = self._compute(held, read, packed, reduced, added, activation, overwrite, means)
             return y if read.stride == 1 and means is None else frames.replaced(y, means)
-        y = to_rows(self._compute(held, read, packed, i, None, "none"))
+        reduced = self._reduce(i, decision.source) if rebuilds else None
+        y = to_rows(self._compute(held, read, packed, reduced, None, "none"))
         filling = filling or Filling.copies(read.stride, y)
-        means = self._means(x.shape[0], read.num_frames) if fuses else None
+        means = self._means(x.shape[0], read.num_frames, channel) if fuses else None
         rows = None if residual is None else to_rows(full(residual))
         out = from_rows(filling(y, read.num_frames, rows, activation == "relu", means))
         out = out if fuses else ACTIVATIONS[activation](out)
         return out if means is None else Frames(out, 1, read.num_frames, means)
 
-    def _means(self, num_clips: int, num_frames: int) -> Tensor | None:
+    def _means(self, num_clips: int, num_frames: int, channel: int) -> Tensor | None:
         """Room for the mean over H and W of what comes out, where a gate will read it."""
         if not (self.feeds_mean or (self.feeds_gate and self.batch.gates_run)):
             return None
-        weight = self.filter.weight
-        return torch.zeros(num_clips, num_frames, len(weight), dtype=torch.float32, device=weight.device)
+        channels = self.layer.candidates.channels[channel] if channel else self.channels
+        return torch.zeros(num_clips, num_frames, channels, dtype=torch.float32, device=self.filter.weight.device)
 
-    def _convolution(self, x: Value, channel: int, temporal: int) -> tuple[Reading, PackedConv] | None:
+    def _convolution(self, x: Value, decision: Decision, alone: bool) -> tuple[Reading, PackedConv] | None:
         """What convolves x for a decision; None where all frames of x are needed."""
-        held = x.stride if isinstance(x, Frames) else 1
-        key = (channel, temporal, held, x.shape[2])
+        held, temporal = x.stride if isinstance(x, Frames) else 1, decision.temporal
+        key = (decision, alone, held, x.shape[2])
         if key not in self._convolutions:
-            base = self._reduce(channel).filter if channel else self.folded
+            base = self._base(decision.channel, decision.source, alone)
             skip = self.layer.candidates.strides[temporal] if self.gate is not None else 1
             read = reading(base, skip, x.shape[2], held, self._filling(temporal) is None)
-            self._convolutions[key] = (read, self._pack(read.filter, _key(channel, read.filter))) if read else None
+            self._convolutions[key] = (
+                (read, self.pack(read.filter, _key(decision, alone, read.filter))) if read else None
+            )
         return self._convolutions[key]
 
-    def _pack(self, filter: Filter, key: str) -> PackedConv:
+    def _base(self, channel: int, source: int, alone: bool) -> Filter:
+        """What a decision convolves with: the norm is in it where nothing stands between."""
+        if not (channel or source):
+            return self.folded
+        if channel and not alone:
+            return self._reduce(channel, source).filter
+        key = (channel, source, alone)
+        if key not in self._filters:
+            filter = absorbed_filter(self.layer, self.filter, source).scaled(self.scale, self.shift)
+            self._filters[key] = filter.pick(self.layer.hands_to.kept(channel)) if channel else filter
+        return self._filters[key]
+
+    def pack(self, filter: Filter, key: str) -> PackedConv:
         """Kept by key: a convolution is packed once, however it is reached."""
         if key not in self._packs:
             self._packs[key] = PackedConv(
@@ -259,16 +337,15 @@ class Unit(nn.Module):
         x: Tensor,
         read: Reading,
         packed: PackedConv,
-        channel: int,
+        reduced: Reduced | None,
         residual: Tensor | None,
         activation: str,
         overwrite: bool = False,
         means: Tensor | None = None,
     ) -> Tensor:
-        """The frames that are computed, with all channels, norm, residual and activation."""
-        if not channel:
+        """The frames that are computed, with norm, residual and activation; all channels, where it is reduced."""
+        if reduced is None:
             return packed(read.padded(x), residual, activation, overwrite, means)
-        reduced = self._reduce(channel)
         if reduced.inputs is not None:
             x = select(x, 1, reduced.inputs)
         y = packed(read.padded(x))
@@ -282,66 +359,41 @@ class Unit(nn.Module):
 
     # -- what decisions need, made when they are first taken -------------------------------------------
 
-    def _filling(self, temporal: int) -> Filling | None:
-        """Phi_t behind the norm; None where it copies, or there is none.
+    def _filling(self, temporal: int, channel: int = 0) -> Filling | None:
+        """Phi_t behind the norm; None where it copies, or there is none. Of the channels that candidate alone computes.
 
         With ``y = scale * conv + shift``, ``w0 conv_s + w1 conv_(s+1) + b`` becomes
         ``w0 y_s + w1 y_(s+1) + scale b + shift (1 - w0 - w1)``.
         """
         if not temporal:
             return None
-        if temporal not in self._fillings:
+        if (temporal, channel) not in self._fillings:
             phi = self.layer.cheap_t
             weight, bias = (each[temporal - 1].detach() for each in (phi.weights, phi.biases))
             found = None
             if not (bool((weight[:, 0] == 1).all()) and not weight[:, 1].any() and not bias.any()):
                 shifted = self.scale * bias + self.shift * (1 - weight.sum(1))
                 first = Filling.copies(1, weight)
+                kept = self.layer.hands_to.kept(channel) if channel else slice(None)
                 found = Filling(
-                    torch.cat([first.weight, weight.float()]).contiguous(), torch.cat([first.bias, shifted.float()])
+                    torch.cat([first.weight, weight.float()])[..., kept].contiguous(),
+                    torch.cat([first.bias, shifted.float()])[..., kept].contiguous(),
                 )
-            self._fillings[temporal] = found
-        return self._fillings[temporal]
+            self._fillings[temporal, channel] = found
+        return self._fillings[temporal, channel]
 
-    def _reduce(self, channel: int) -> Reduced:
-        if channel not in self._reduced:
-            self._reduced[channel] = self._make_reduced(channel)
-        return self._reduced[channel]
-
-    def _make_reduced(self, channel: int) -> Reduced:
-        rebuild, kept = self.layer.cheap_c, self.layer.candidates.channels[channel]
-        order, op = rebuild.order, rebuild.op(channel)
-        inputs = None
-        if self.filter.groups > 1:
-            outs, ins = len(order) // self.filter.groups, self.filter.weight.shape[1]
-            groups = order[:kept:outs] // outs
-            inputs = (groups[:, None] * ins + torch.arange(ins, device=order.device)).flatten()
-        source = torch.arange(len(order), device=order.device)
-        scale, shift = self.scale[order], self.shift[order]  # in ranks
-        cheap = cheap_source = None
-        dropped = slice(kept, None)
-        weight, bias = op.weight.detach().to(scale.dtype), op.bias.detach().to(scale.dtype)
-        if isinstance(op, Scale):
-            source[dropped] = op.source
-            scale, shift = scale.clone(), scale * 0 + shift
-            shift[dropped] += scale[dropped] * bias
-            scale[dropped] *= weight
-        else:
-            pad, groups_c = (0, 0, 0), 1
-            if isinstance(op, Depthwise):
-                cheap_source, pad, groups_c = op.source, (0, 1, 1), len(weight)
-            assert isinstance(op, Pointwise | Depthwise)
-            weight = (
-                weight.view(len(weight), -1, 1, *weight.shape[2:])
-                if weight.dim() == 4
-                else weight[..., None, None, None]
-            )
-            cheap = self._pack(Filter(weight, bias, (1, 1, 1), pad, (1, 1, 1), groups_c), f"cheap {channel}")
-        inverse = order.argsort()
-        assembly = Assembly.build(source[inverse], scale[inverse], shift[inverse], kept)
-        return Reduced(self.filter.pick(order[:kept]), inputs, cheap, cheap_source, assembly)
+    def _reduce(self, channel: int, source: int) -> Reduced:
+        if (channel, source) not in self._reduced:
+            self._reduced[channel, source] = reduce(self, channel, source)
+        return self._reduced[channel, source]
 
 
-def _key(channel: int, filter: Filter) -> str:
+def _with_channels(shape: torch.Size, channels: int) -> torch.Size:
+    return torch.Size((shape[0], channels, *shape[2:]))
+
+
+def _key(decision: Decision, alone: bool, filter: Filter) -> str:
     """Taps, stride and padding in time tell the convolutions of one candidate apart."""
-    return f"{channel}: {filter.kernel[0]} taps, stride {filter.stride[0]}, padding {filter.padding[0]}"
+    read = f" of {decision.source}" if decision.source else ""
+    what = f"{decision.channel}{' alone' * alone}{read}"
+    return f"{what}: {filter.kernel[0]} taps, stride {filter.stride[0]}, padding {filter.padding[0]}"

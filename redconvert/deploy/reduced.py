@@ -1,0 +1,67 @@
+"""A channel candidate that rebuilds: what is convolved, and how all channels come from that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..layers.cheap import Depthwise, Nothing, Pointwise, Scale
+from .absorbed import absorbed_filter
+from .kernels import Assembly
+from .pack import Filter, PackedConv
+
+if TYPE_CHECKING:
+    from .unit import Unit
+
+__all__ = ["Reduced", "reduce"]
+
+
+@dataclass
+class Reduced:
+    """Channel candidate i: what it convolves with, and how the other channels come from that."""
+
+    filter: Filter
+    inputs: Tensor | None  # input channels that the kept groups read; None: all
+    cheap: PackedConv | None  # None: one source channel each, which the assembly does
+    cheap_source: Tensor | None  # channels that a depthwise operation reads
+    assembly: Assembly
+
+
+def reduce(unit: Unit, channel: int, source: int) -> Reduced:
+    """Candidate ``channel`` of a unit, from what candidate ``source`` of the layer that it reads hands over."""
+    rebuild, kept = unit.layer.cheap_c, unit.layer.candidates.channels[channel]
+    order, op = rebuild.order, rebuild.op(channel)
+    inputs = None
+    if unit.filter.groups > 1:
+        outs, ins = len(order) // unit.filter.groups, unit.filter.weight.shape[1]
+        groups = order[:kept:outs] // outs
+        inputs = (groups[:, None] * ins + torch.arange(ins, device=order.device)).flatten()
+    index = torch.arange(len(order), device=order.device)
+    scale, shift = unit.scale[order], unit.shift[order]  # in ranks
+    cheap = cheap_source = None
+    dropped = slice(kept, None)
+    if isinstance(op, Nothing):
+        index[dropped], scale = 0, scale.clone()
+        scale[dropped] = 0
+    elif isinstance(op, Scale):
+        index[dropped] = op.source
+        scale, shift = scale.clone(), scale * 0 + shift
+        shift[dropped] += scale[dropped] * op.bias.detach().to(scale.dtype)
+        scale[dropped] *= op.weight.detach().to(scale.dtype)
+    else:
+        weight, bias = op.weight.detach().to(scale.dtype), op.bias.detach().to(scale.dtype)
+        pad, groups_c = (0, 0, 0), 1
+        if isinstance(op, Depthwise):
+            cheap_source, pad, groups_c = op.source, (0, 1, 1), len(weight)
+        assert isinstance(op, Pointwise | Depthwise)
+        weight = (
+            weight.view(len(weight), -1, 1, *weight.shape[2:]) if weight.dim() == 4 else weight[..., None, None, None]
+        )
+        cheap = unit.pack(Filter(weight, bias, (1, 1, 1), pad, (1, 1, 1), groups_c), f"cheap {channel}")
+    inverse = order.argsort()
+    assembly = Assembly.build(index[inverse], scale[inverse], shift[inverse], kept)
+    filter = absorbed_filter(unit.layer, unit.filter, source)
+    return Reduced(filter.pick(order[:kept]), inputs, cheap, cheap_source, assembly)
