@@ -24,6 +24,10 @@ __all__ = ["CandidateTimes", "Verdict", "judge", "obstacle", "pair", "reconsider
 # Shapes that stand in where no example says how large a layer's input is: they only decide min_saving.
 NOMINAL_FRAMES, NOMINAL_SIZE = 8, 28
 
+# A reader with fewer of its source's MACs saves next to nothing, and behind activation and pool channels tell less of
+# each other than in front: absorbing I3D's 7x7x7 stem into the 1x1x1 behind it costs 20 points of its answers.
+WORTH_ABSORBING = 0.25
+
 _AXES = {"channel": "channels", "temporal": "frames"}
 
 Rule = tuple[int, LayerConfig | None]
@@ -194,8 +198,9 @@ def _reader(verdict: Verdict, others: Mapping[str, Verdict], modules: Mapping[st
         return None
     ours, theirs = modules[verdict.name], modules[reader.name]
     alike = isinstance(ours, nn.Conv3d) == isinstance(theirs, nn.Conv3d) and verdict.num_frames == reader.num_frames
+    small = (reader.dense_macs or 0) < WORTH_ABSORBING * (verdict.dense_macs or 0)
     once = verdict.facts.calls == reader.facts.calls == 1 and not verdict.aliases and not reader.aliases
-    return name if alike and once and ours.groups == theirs.groups == 1 else None
+    return name if alike and once and not small and ours.groups == theirs.groups == 1 else None
 
 
 def obstacle(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts) -> str | None:

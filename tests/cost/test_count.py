@@ -304,7 +304,7 @@ def test_executed_macs_of_a_blend():
         with observed(layer, lambda _, seen: taken.append((seen.decisions, executed_macs(layer, seen)))):
             layer(torch.randn(1, 2, 4, 5, 5))
     [(decisions, executed)] = taken
-    assert decisions == [(0, 1, True)]
+    assert decisions == [(0, 1, True, 0)]
     convolution = 8 * 2 * 25 * (2 * 27)
     rebuild_channels = 2 * 6 * 2 * 25  # 6 channels from 2, on the 2 frames that are computed
     rebuild_frames = 2 * (4 - 2) * 25 * 8

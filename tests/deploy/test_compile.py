@@ -93,7 +93,7 @@ def test_gates_that_stand_on_zero_or_know_nothing(clips):
         layer.gate.fc2.weight.zero_()
         layer.gate.beta.zero_()  # z = 0: closed, so that the cheapest candidate counts
     compiled = torch.compile(dynamic, fullgraph=True, backend="aot_eager")
-    assert decisions_of(dynamic, clips[:, :, 0])[0] == {(1, 0, False)}
+    assert decisions_of(dynamic, clips[:, :, 0])[0] == {(1, 0, False, 0)}
     assert error(compiled(clips[:, :, 0]), dynamic(clips[:, :, 0])) < TIGHT
     dynamic.stem.gate.beta.fill_(float("nan"))
     assert error(compiled(clips[:, :, 0]), dynamic(clips[:, :, 0])) < TIGHT
