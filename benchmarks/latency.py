@@ -91,7 +91,9 @@ PRUNED = ("r2plus1d_18", "resnet50")  # Torch-Pruning takes many minutes for the
 # -- one network, in a process of its own --------------------------------------------------------------
 
 
-def measure(name: str, batch: int, dtype: str, repeats: int, compile_dynamic: bool) -> dict[str, Any]:
+def measure(
+    name: str, batch: int, dtype: str, repeats: int, compile_dynamic: bool, absorbed_only: bool
+) -> dict[str, Any]:
     torch.manual_seed(0)
     model, inputs = NETWORKS[name](batch)
     model = model.eval()
@@ -106,7 +108,8 @@ def measure(name: str, batch: int, dtype: str, repeats: int, compile_dynamic: bo
     absorbing = redconvert.convert(model, replace(config, absorb=True), example_inputs=one).to(kind)
     rivals |= _decided(absorbing, inputs, "absorbed", ("channels", "channels and frames"), 0.0)
     if batch == 1:
-        rivals |= _measured(model, config, inputs, kind) | _blended(model, config, one, inputs, kind)
+        if not absorbed_only:
+            rivals |= _measured(model, config, inputs, kind) | _blended(model, config, one, inputs, kind)
         if compile_dynamic:
             _add_frozen(rivals, dynamic, inputs, dtype, dense)
         if name in PRUNED:
@@ -269,12 +272,14 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=900, help="seconds for one network, batch and dtype")
     parser.add_argument("--out", type=Path, default=RESULTS / "latency.json")
     parser.add_argument("--compile-dynamic", action="store_true", help="time dynamic networks in torch.compile too")
+    parser.add_argument("--absorbed-only", action="store_true", help="no measured plans and no blended frames")
     parser.add_argument("--plot", nargs=2, metavar=("RUN", "FILE"), help="draw a run of the JSON, measure nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         name, batch, dtype = arguments.one.split("/")
-        print(json.dumps(measure(name, int(batch), dtype, arguments.repeats, arguments.compile_dynamic)))
+        options = arguments.repeats, arguments.compile_dynamic, arguments.absorbed_only
+        print(json.dumps(measure(name, int(batch), dtype, *options)))
         return
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"what": __doc__.split("\n")[0]}
     runs = result.setdefault("runs", {})
@@ -290,6 +295,7 @@ def main() -> None:
                     continue
                 command = [sys.executable, __file__, "--one", key, "--repeats", str(arguments.repeats)]
                 command += ["--compile-dynamic"] if arguments.compile_dynamic else []
+                command += ["--absorbed-only"] if arguments.absorbed_only else []
                 environ = {**os.environ, **ALLOCATOR}
                 try:
                     done = subprocess.run(
