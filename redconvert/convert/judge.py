@@ -175,12 +175,14 @@ def reconsider(
 
 def pair(verdicts: tuple[Verdict, ...], modules: Mapping[str, Any]) -> tuple[Verdict, ...]:
     """The verdicts, those that ask to be absorbed and can be with the name of their reader."""
-    found = {verdict.name: verdict for verdict in verdicts}
+    found = {verdict.name: replace(verdict, reader=None) for verdict in verdicts}
     readers = {name: reader for name, verdict in found.items() if (reader := _reader(verdict, found, modules))}
     sources = {reader: name for name, reader in readers.items()}
-    for name in {*readers, *sources}:
+    before = {each for verdict in verdicts if verdict.reader for each in (verdict.name, verdict.reader)}
+    for name in {*readers, *sources, *before}:
         verdict, source = found[name], found.get(sources.get(name, ""))
-        assert verdict.config is not None
+        if verdict.config is None:  # measured, and left dense since
+            continue
         reads = None if source is None else source.channels
         macs = _probe(modules[name], verdict.config, verdict.num_frames, verdict.facts, name in readers, reads)
         lowest = None if verdict.dense_macs is None else macs.lowest

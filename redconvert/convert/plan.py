@@ -136,9 +136,10 @@ def make_plan(
         judge(name, module, names, config, rules[name], traced[name]) for name, (module, names) in layers.items()
     )
     _check_finite(verdicts, layers)
+    modules = {name: module for name, (module, _) in layers.items()}
+    verdicts = pair(verdicts, modules)
     if measure:
-        verdicts = _measured(verdicts, layers, config, rules, progress)
-    verdicts = pair(verdicts, {name: module for name, (module, _) in layers.items()})
+        verdicts = pair(_measured(verdicts, layers, config, rules, progress), modules)
     return Plan(type(model).__name__, traced.source, verdicts, tuple(traced.functional), traced.problem)
 
 

@@ -89,8 +89,9 @@ def frozen_macs(dynamic: nn.Module, one: Any, decision: tuple[int, int], dense_m
 
 
 def _masked(macs: LayerMacs) -> float:
-    """What the masked mode adds to the convolution: the gate, and every candidate's cheap operations."""
-    return macs.gate + sum(row[0] for row in macs.cheap[1:]) + sum(macs.cheap[0][1:])
+    """What the masked mode adds to the convolution: the gate, cheap operations, and readings of fewer channels."""
+    readings = sum(macs.convolved(0, 0, source) for source in range(1, len(macs.reads)))
+    return macs.gate + readings + sum(row[0] for row in macs.cheap[1:]) + sum(macs.cheap[0][1:])
 
 
 def _added(dynamic: nn.Module, one: Any, decision: tuple[int, int], count: Callable[[LayerMacs], float]) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..convert.judge import CandidateTimes, Verdict
 from ..convert.rewrite import convert_layer
 from ..cost import interleaved
-from ..layers import forced
+from ..layers import Handover, forced
 from ..progress import progress_bar
 from .frames import full
 from .fuse import filter_of
@@ -31,8 +31,9 @@ def time_candidates(
 ) -> dict[str, CandidateTimes]:
     """Times by layer, of convolutions to be converted whose input shape is known; those alike are timed once.
 
-    A gate runs with every candidate, rebuilding is included, and frames are filled up, as whoever reads them
-    may need all of them. Clips on a CPU are timed one at a time, as they are deployed. Nothing is changed.
+    A gate runs with every candidate, rebuilding is included but for channels that a reader absorbs, and frames are
+    filled up, as whoever reads them may need all of them. Clips on a CPU are timed one at a time, as they are
+    deployed. Nothing is changed.
     """
     keys = {name: _alike(conv, verdict) for name, (conv, verdict) in layers.items()}
     first = {key: name for name, key in reversed(keys.items())}
@@ -50,16 +51,25 @@ def _alike(conv: nn.Conv2d | nn.Conv3d, verdict: Verdict) -> tuple[Any, ...]:
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     kind = (type(conv), conv.in_channels, conv.out_channels, conv.bias is None, conv.weight.dtype, conv.weight.device)
     facts = verdict.facts
-    return (*kind, *geometry, config, verdict.num_frames, facts.input_shape, facts.feeds_norm, facts.clip_frames)
+    shapes = (facts.input_shape, facts.clip_frames, verdict.num_frames)
+    return (*kind, *geometry, config, verdict.reader is not None, facts.feeds_norm, *shapes)
 
 
 @torch.no_grad()
 def _timed(conv: nn.Conv2d | nn.Conv3d, verdict: Verdict) -> CandidateTimes:
     assert verdict.config is not None and verdict.facts.input_shape is not None
     dense = copy.deepcopy(conv).eval()
+    absorbed = verdict.reader is not None
     dynamic = convert_layer(
-        copy.deepcopy(dense), verdict.config, num_frames=verdict.num_frames, gate_frames=verdict.facts.clip_frames
+        copy.deepcopy(dense),
+        verdict.config,
+        num_frames=verdict.num_frames,
+        gate_frames=verdict.facts.clip_frames,
+        hands_over=absorbed,
     )
+    if absorbed:
+        assert dynamic.cheap_c is not None
+        dynamic.hands_to = Handover(verdict.name, dynamic.cheap_c)
     activation = "relu" if verdict.facts.feeds_norm else "none"
     x = _example(conv, verdict.facts.input_shape)
     run_dense, run_dynamic = (_deployed(each, activation, x) for each in (dense, dynamic))
@@ -85,6 +95,7 @@ def _deployed(conv: nn.Module, activation: str, x: Tensor) -> Callable[[], Any]:
     if filter is None:
         return lambda: conv(x)
     unit = Unit(conv, filter, None, activation, Batch(always_ask=True))
+    unit.hands_compact = getattr(conv, "hands_to", None) is not None
     return lambda: full(on_clips(unit, x))
 
 

@@ -171,7 +171,7 @@ class Unit(nn.Module):
         told = self.filter.weight if reader is not None else self._weights(decisions, z).channel
         handover.source = Source(told, candidates)  # a unit asks for weights only where somebody looks
         alike = candidates.count(candidates[0]) == len(candidates)
-        return self.hands_compact and alike and reader is not None and reader.layer.enabled
+        return self.hands_compact and alike and (reader is None or reader.layer.enabled)
 
     def _source_weights(self) -> Tensor | None:
         """The weights over the candidates of the layer that is read."""

@@ -59,7 +59,7 @@ def readers(model, example=X, **config):
 CHANNELWISE = {
     "default": (),
     "nothing": (nn.Identity(),),
-    "pools": (nn.MaxPool2d(2), nn.SiLU(), nn.AvgPool2d(2)),
+    "pools": (nn.MaxPool2d(3, 1, 1), nn.SiLU(), nn.AvgPool2d(3, 1, 1)),
     "dropout": (nn.BatchNorm2d(8), nn.Dropout2d(), nn.GELU()),
 }
 
@@ -165,3 +165,9 @@ def test_lowest_macs_by_hand():
     assert found["a"].lowest_macs == 4 * 64 * 27 + gate_a  # no Phi_c
     kind = redconvert.convert(model, config, example_inputs=X).b.cheap_c.op(1).macs_per_position
     assert found["b"].lowest_macs == 4 * 64 * 4 * 9 + gate_b + 64 * kind
+
+
+def test_readers_that_save_next_to_nothing():
+    """Behind a pool that leaves a sixteenth of the positions, the reader has too few MACs to be worth it."""
+    assert readers(Pair(nn.MaxPool2d(4))) == {}
+    assert readers(Pair(nn.MaxPool2d(2))) == {"a": "b"}

@@ -150,3 +150,20 @@ def test_on_this_machine_a_large_layer_pays_and_a_tiny_one_does_not():
     plan = redconvert.plan(model, example_inputs=torch.randn(1, 96, 8, 14, 14), measure=True)
     assert plan.verdicts[0].times.saving("channel") > 0.1 and plan.verdicts[0].times.saving("temporal") > 0.1
     assert [verdict.name for verdict in plan.converted] == ["0"]
+
+
+def test_absorbed_channels_are_not_rebuilt():
+    """A source is timed as it runs: its candidates hand on what they compute, and pairs stay pairs."""
+    model = nn.Sequential(
+        *(nn.Conv3d(8, 64, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(64), nn.ReLU()),
+        *(nn.Conv3d(64, 64, (1, 3, 3), padding=(0, 1, 1)), nn.BatchNorm3d(64), nn.ReLU()),
+    ).eval()
+    x = torch.randn(1, 8, 8, 28, 28)
+    config = redconvert.ConvertConfig(absorb=True, temporal=False, min_saving=0.0)
+    first, second = redconvert.plan(model, config, example_inputs=x, measure=True).verdicts
+    assert len(first.times.channel_ms) == len(second.times.channel_ms) == 1
+    if first.converted and second.converted:
+        assert (first.reader, second.reader) == ("3", None)
+    rebuilt = redconvert.plan(model, redconvert.ConvertConfig(temporal=False), example_inputs=x, measure=True).verdicts
+    assert rebuilt[0].reader is None
+    assert first.times.channel_ms[0] < 1.2 * rebuilt[0].times.channel_ms[0]  # noise on top
