@@ -93,7 +93,7 @@ def costs_by_hand(dynamic: nn.Module, x: Any, static: float = 0.0) -> tuple[Tens
         macs = layer_macs(layer, observation.input_shape, observation.output_shape)
         per_sample = len(observation.decisions) // len(out)
         dense += macs.dense * per_sample
-        for row, (i, j, _) in enumerate(observation.decisions):
+        for row, (i, j, *_) in enumerate(observation.decisions):
             executed[row // per_sample] += macs.executed(i, j)
     return out, torch.tensor(executed, dtype=torch.float64) / dense
 
