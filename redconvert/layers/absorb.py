@@ -37,7 +37,8 @@ class Source(NamedTuple):
 class Handover:
     """What ties a convolution to its reader: the order of the channels, and what each sample has of them now.
 
-    Both hold the same one. Of a call nothing is copied or saved.
+    Both hold the same one. Of a call nothing is copied or saved. What a call left stays until the next one, also
+    through passes of the disabled network: activation checkpointing runs a reader again, perhaps without its source.
     """
 
     def __init__(self, name: str, rebuild: ChannelRebuild) -> None:
@@ -66,13 +67,6 @@ class Handover:
         ranks = torch.arange(self.channels[0], device=like.device)
         kept = torch.tensor(self.channels, device=like.device)
         return (self.rebuild.inverse[ranks] < kept[:, None]).to(like.dtype)
-
-    def give_all(self, like: Tensor, num_samples: int) -> None:
-        """All channels are there."""
-        full = torch.zeros(num_samples, len(self.channels), device=like.device, dtype=like.dtype)
-        full[:, 0] = 1
-        self.source = Source(full, [0] * num_samples)
-        self.static = 0, None
 
     def take(self, num_samples: int, reader: str) -> Source:
         """What the source said of this call."""

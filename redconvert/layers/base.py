@@ -162,8 +162,6 @@ class DynamicConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.enabled:
-            if self.hands_to is not None:  # whoever reads may be enabled
-                self.hands_to.give_all(input, input.shape[0] // self.frames_per_sample)
             return self.dense_class.forward(self, input)
         dim = 5 if isinstance(self, nn.Conv3d) else 4
         if input.dim() == dim - 1 and self.num_frames is None:

@@ -369,3 +369,27 @@ def test_any_pair(dims, c, kernel, stride, padding, bias, batch, space, shares, 
     model.train()
     model.norm.eval()
     assert torch.allclose(model(x), wanted, atol=1e-9)
+
+
+def test_a_teacher_between_forward_and_recomputation():
+    """A dense pass of the same network in between does not change what a checkpointed reader computes again."""
+    x = torch.randn(2, 3, 4, 6, 6, dtype=torch.float64)
+    model, _ = make(x)
+    for layer in (model.a, model.b):
+        layer.training = True
+
+    def gradients(checkpointed):
+        model.zero_grad()
+        with redconvert.forced(model, channel=[0, 1], temporal=0):
+            read = torch.relu(model.norm(model.a(x)))
+            if checkpointed:
+                y = torch.utils.checkpoint.checkpoint(model.b, read, use_reentrant=False)
+                with torch.no_grad(), redconvert.disabled(model):
+                    model(x)
+            else:
+                y = model.b(read)
+            y.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(one, other)
