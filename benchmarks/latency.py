@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from common import RESULTS, environment, write
 from torch import Tensor, nn
 
 import redconvert
-from redconvert.deploy.bench import Bench, Rival, Row, asked, bench
+from redconvert.deploy.bench import Bench, Rival, Row, bench, decisions
 from redconvert.deploy.forms import DECISIONS, compiled_network, frozen_macs, in_channels_last, possible_decisions
 
 ALLOCATOR = {
@@ -106,7 +107,7 @@ def measure(
     dense = redconvert.cost.dense_macs(model, one).total
     add_openvino(rivals, "OpenVINO", model, inputs, dtype, dense, "dense")
     absorbing = redconvert.convert(model, replace(config, absorb=True), example_inputs=one).to(kind)
-    rivals |= _decided(absorbing, inputs, "absorbed", ("channels", "channels and frames"), 0.0)
+    rivals |= _decided(absorbing, inputs, "absorbed", ("channels", "channels and frames", "mixed"), 0.0)
     if batch == 1:
         if not absorbed_only:
             rivals |= _measured(model, config, inputs, kind) | _blended(model, config, one, inputs, kind)
@@ -172,25 +173,20 @@ def _blended(
     return _decided(dynamic, inputs, "blended", ("frames", "channels and frames"), time.perf_counter() - begin)
 
 
-def _decided(
-    dynamic: nn.Module, inputs: Any, label: str, decisions: Collection[str], seconds: float
-) -> dict[str, Rival]:
-    """Rows of another dynamic network, deployed: each decision for all layers, gates asked."""
+def _decided(dynamic: nn.Module, inputs: Any, label: str, names: Collection[str], seconds: float) -> dict[str, Rival]:
+    """Rows of another dynamic network, deployed: each of these decisions for all layers, gates asked."""
     begin = time.perf_counter()
     fast = redconvert.deploy(dynamic, inputs)
     seconds += time.perf_counter() - begin
     found = {}
-    for name, decision in possible_decisions(dynamic).items():
-        if name not in decisions:
-            continue
-        with redconvert.forced(dynamic, channel=decision[0], temporal=decision[1]):
-            macs = redconvert.report(dynamic, [(inputs,)], time=False).executed_macs
+    for name, mode, macs in decisions(fast, inputs):
+        if name in names:
 
-        def call(decision: tuple[int, int] = decision) -> Any:
-            with asked(fast, *decision):
-                return fast(inputs)
+            def call(mode: Callable[[], AbstractContextManager[Any]] = mode) -> Any:
+                with mode():
+                    return fast(inputs)
 
-        found[f"{label}, {name}"] = Rival(call, macs, "dynamic", seconds)
+            found[f"{label}, {name}"] = Rival(call, macs, "dynamic", seconds)
     return found
 
 
