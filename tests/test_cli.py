@@ -218,3 +218,12 @@ def test_demo_refuses_what_is_no_video(run, kinetics_weights, tmp_path):
     (tmp_path / "note.mp4").write_text("no video")
     fails(run("demo", "--video", "note.mp4"), "note.mp4")
     fails(run("demo", "--video", "gone.mp4"), "gone.mp4")
+
+
+def test_absorb_says_who_reads(run):
+    code, out, _ = run("plan", "torchvision:resnet18", "--absorb", "--input", "1,3,64,64", "--json")
+    assert code == 0
+    verdicts = {each["name"]: each for each in json.loads(out)["verdicts"]}
+    assert verdicts["layer1.0.conv1"]["reader"] == "layer1.0.conv2"
+    assert verdicts["layer1.0.conv2"]["reader"] is None
+    assert sum(each["reader"] is not None for each in verdicts.values()) == 8

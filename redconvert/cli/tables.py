@@ -63,7 +63,7 @@ def plan_table(plan: Plan, title: str) -> Table:
             if len(verdict.strides) > 1
             else "",
             *(_time_and_savings(verdict.times) if measured else ()),
-            (f"converted; {verdict.reason}" if verdict.reason else "converted")
+            (f"converted; {verdict.remark}" if verdict.remark else "converted")
             if verdict.converted
             else f"skipped: {verdict.reason}",
             style=None if verdict.converted else "dim",

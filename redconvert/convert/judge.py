@@ -81,6 +81,11 @@ class Verdict:
     times: CandidateTimes | None = None
     reader: str | None = None
 
+    @property
+    def remark(self) -> str:
+        """What to know of it, in words: the reason, and who absorbs its channels."""
+        return "; ".join(filter(None, (self.reason, f"absorbed by {self.reader}" if self.reader else "")))
+
 
 # -- one layer -----------------------------------------------------------------------------------------
 

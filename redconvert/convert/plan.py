@@ -75,7 +75,7 @@ class Plan:
         width = max([len(verdict.name) for verdict in self.verdicts], default=4)
         lines = [
             f"{verdict.name:<{width}}  {verdict.kind:<22} {'converted' if verdict.converted else 'skipped':<9} "
-            f"{_remark(verdict)}".rstrip()
+            f"{verdict.remark}".rstrip()
             for verdict in self.verdicts
         ]
         lines += [
@@ -83,11 +83,6 @@ class Plan:
         ]
         lines.append(f"{self.model}: {len(self.converted)} of {len(self.verdicts)} converted, read by {self.source}")
         return "\n".join(lines)
-
-
-def _remark(verdict: Verdict) -> str:
-    absorbed = f"absorbed by {verdict.reader}" if verdict.reader else ""
-    return "; ".join(filter(None, (verdict.reason, absorbed)))
 
 
 def make_plan(
