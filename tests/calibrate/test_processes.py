@@ -15,7 +15,7 @@ import redconvert
 from redconvert.layers import dynamic_layers
 
 
-def network() -> nn.Module:
+def network(absorb: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv3d(3, 16, 3, padding=1),
@@ -26,7 +26,7 @@ def network() -> nn.Module:
         nn.ReLU(),
     )
     model(torch.randn(8, 3, 6, 8, 8))  # running statistics
-    config = redconvert.ConvertConfig(cheap="pointwise")
+    config = redconvert.ConvertConfig(cheap="pointwise", absorb=absorb)
     return redconvert.convert(model.eval(), config, example_inputs=torch.randn(1, 3, 6, 8, 8))
 
 
@@ -71,6 +71,14 @@ def answers(rank: int) -> dict[str, Any]:
     return calibrated(network(), batches()[:2] if rank == 0 else batches()[2:], importance="answers")
 
 
+def absorbing(rank: int) -> dict[str, Any]:
+    """Weights that absorb channels, solved for on patches of each process's own batches."""
+    dynamic = network(absorb=True)
+    assert dynamic_layers(dynamic)["0"].hands_to is not None
+    redconvert.calibrate(dynamic, batches()[:2] if rank == 0 else batches()[2:], rounds=1)
+    return found(dynamic)
+
+
 def failing(rank: int) -> dict[str, Any]:
     """One process has nothing; then one has a NaN; then one's disk fails, and the processes go on together."""
     dynamic, before = network(), found(network())
@@ -105,7 +113,7 @@ def start(rank: int, jobs: tuple[Callable[[int], Any], ...], folder: str) -> Non
         distributed.destroy_process_group()
 
 
-JOBS = (alone, wrapped, drifted, answers, failing)
+JOBS = (alone, wrapped, drifted, answers, absorbing, failing)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +153,13 @@ def test_processes_choose_alike_for_the_answers_of_all(both):
     first, second = (each["answers"]["cheap"] for each in both)
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert first["0.cheap_c.order"].tolist() != both[0]["alone"]["cheap"]["0.cheap_c.order"].tolist()
+
+
+def test_processes_absorb_alike(both):
+    first, second = (each["absorbing"] for each in both)
+    solved = [key for key in first if ".cheap_in." in key]
+    assert len(solved) == 2 and all(first[key].any() for key in solved)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def test_an_error_in_one_process_stops_both_and_leaves_both_as_they_were(both):
