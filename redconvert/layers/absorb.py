@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from .base import DynamicConv
     from .cheap import ChannelRebuild
 
-__all__ = ["Absorbed", "Handover", "Source", "link", "read_dense"]
+__all__ = [
+    "Absorbed",
+    "Handover",
+    "Source",
+    "link",
+    "mask_absent",
+    "pooled_static",
+    "read_dense",
+    "static_source",
+]
 
 Choice = int | Tensor  # the candidate of all samples, or which are open, (N, S)
 
@@ -58,15 +67,10 @@ class Handover:
         """Which channels candidate ``index`` hands over."""
         return self.rebuild.order[: self.channels[index]]
 
-    def candidate_of(self, channels: int) -> int:
-        """The candidate that hands over so many."""
-        return self.channels.index(channels)
-
     def present(self, like: Tensor) -> Tensor:
         """Which channels are there under each candidate, ``(S, C)``: ones and zeros."""
-        ranks = torch.arange(self.channels[0], device=like.device)
         kept = torch.tensor(self.channels, device=like.device)
-        return (self.rebuild.inverse[ranks] < kept[:, None]).to(like.dtype)
+        return (self.rebuild.inverse < kept[:, None]).to(like.dtype)
 
     def take(self, num_samples: int, reader: str) -> Source:
         """What the source said of this call."""
