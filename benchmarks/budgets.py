@@ -4,7 +4,8 @@
 
 Full, half or a quarter of the channels of every 3x3 convolution, calibrated on 1,000 training images without labels.
 For each budget: right answers on the first 2,000 test images after the budget, and after one more round of calibration
-under it, and what the test images cost. JSON is written after every row; a row that is in it already is not run again.
+under it, and what the test images cost. "absorbed" is by layers, too, with ``absorb=True``, 3/4, half or a quarter of the
+channels, and all images for the second calibration. JSON is written after every row; a row that is in it already is not run again.
 """
 
 from __future__ import annotations
@@ -48,21 +49,30 @@ def main() -> None:
     redconvert.calibrate(layers, batches)
     inputs = copy.deepcopy(layers)
     calibrate_gates(inputs, batches)
+    shares = ("*", {"temporal": False, "cheap": "pointwise", "shares": (0.75, 0.5, 0.25), "absorb": True})
+    absorbed = redconvert.convert(
+        model, redconvert.ConvertConfig(rules=[rules[0], shares]), example_inputs=batches[0][:1]
+    )
+    redconvert.calibrate(absorbed, batches)
+    networks = {"layers": (layers, "layers"), "inputs": (inputs, "gates"), "absorbed": (absorbed, "layers")}
     for budget in arguments.budgets:
-        for name, network, by in (("layers", layers, "layers"), ("inputs", inputs, "gates")):
+        for name, (network, by) in networks.items():
             key = f"{name} {budget:g}"
             if key not in result["rows"]:
-                result["rows"][key] = row = run(copy.deepcopy(network), budget, by, batches, test)
+                result["rows"][key] = row = run(copy.deepcopy(network), budget, by, batches, test, name == "absorbed")
                 write(result | environment(arguments.seed), arguments.out)
                 print(key, json.dumps(row), flush=True)
 
 
 def run(
-    dynamic: nn.Module, budget: float, by: Any, batches: list[Tensor], test: tuple[Tensor, ...]
+    dynamic: nn.Module, budget: float, by: Any, batches: list[Tensor], test: tuple[Tensor, ...], absorbed: bool
 ) -> dict[str, float]:
     redconvert.set_budget(dynamic, budget, batches[: 2 if by == "layers" else 1], by=by)
     row = {"before_recalibration": accuracy(dynamic, *test)}
-    redconvert.calibrate(dynamic, batches[:3], rounds=1, decisions="gates")
+    if absorbed:
+        redconvert.calibrate(dynamic, batches, decisions="gates")
+    else:
+        redconvert.calibrate(dynamic, batches[:3], rounds=1, decisions="gates")
     row["accuracy"] = accuracy(dynamic, *test)
     found = spread_of_macs(dynamic, list(test[0][:500].split(100)))
     whole = float(found.dense.mean())
