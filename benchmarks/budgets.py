@@ -4,8 +4,9 @@
 
 Full, half or a quarter of the channels of every 3x3 convolution, calibrated on 1,000 training images without labels.
 For each budget: right answers on the first 2,000 test images after the budget, and after one more round of calibration
-under it, and what the test images cost. "absorbed" is by layers, too, with ``absorb=True``, 3/4, half or a quarter of the
-channels, and all images for the second calibration. JSON is written after every row; a row that is in it already is not run again.
+under it, and what the test images cost. "absorbed" is by layers, too, with ``absorb=True``, 3/4, half or a quarter of
+the channels, and all images for the second calibration. JSON is written after every row; a row that is in it already
+is not run again.
 """
 
 from __future__ import annotations
