@@ -16,7 +16,7 @@ def network():
     return nn.Sequential(
         *(nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU()),
         *(nn.Conv3d(8, 6, 3, padding=1), nn.BatchNorm3d(6), nn.ReLU()),
-        *(nn.Conv3d(6, 4, 1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 4)),
+        *(nn.Conv3d(6, 4, 3, padding=1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 4)),
     ).eval()
 
 
