@@ -25,7 +25,7 @@ __all__ = ["CandidateTimes", "Verdict", "judge", "obstacle", "pair", "reconsider
 NOMINAL_FRAMES, NOMINAL_SIZE = 8, 28
 
 # A reader with fewer of its source's MACs saves next to nothing, and behind activation and pool channels tell less of
-# each other than in front: absorbing I3D's 7x7x7 stem into the 1x1x1 behind it costs 20 points of its answers.
+# each other than in front: I3D kept fewer answers with its 7x7x7 stem absorbed by the 1x1x1 behind the pool.
 WORTH_ABSORBING = 0.25
 
 _AXES = {"channel": "channels", "temporal": "frames"}
