@@ -25,7 +25,7 @@ from .errors import RedconvertError
 from .files import write_bytes_atomic, write_text_atomic
 from .inputs import unwrapped
 from .layers import DynamicConv, dynamic_layers
-from .layers.absorb import link
+from .layers.absorb import link, pairs
 from .saved import SavedLayer, conv_facts, describe, unpaired
 from .weights import (
     check_fit,
@@ -73,7 +73,7 @@ def save_pretrained(dynamic: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise RedconvertError(f"save_pretrained takes a converted torch.nn.Module, not {type(dynamic).__name__}")
     model = unwrapped(dynamic)
     converted = dynamic_layers(model)
-    readers = {layer.reads_from: without_compile(name) for name, layer in converted.items() if layer.reads_from}
+    readers = pairs(converted)
     layers = {without_compile(name): describe(name, layer, model, readers) for name, layer in converted.items()}
     tensors, shared = _for_disk(model)
     target = Path(folder)

@@ -80,7 +80,7 @@ def _absorbed(reader: Any, reads: Any) -> tuple[str | None, tuple[int, ...] | No
     return reader, None if reads is None else tuple(reads)
 
 
-def describe(name: str, layer: DynamicConv, model: nn.Module, readers: Mapping[Any, str]) -> SavedLayer:
+def describe(name: str, layer: DynamicConv, model: nn.Module, readers: Mapping[str, str]) -> SavedLayer:
     others = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
     return SavedLayer(
         layer.config,
@@ -89,7 +89,7 @@ def describe(name: str, layer: DynamicConv, model: nn.Module, readers: Mapping[A
         layer.feeds_norm,
         conv_facts(layer),
         tuple(without_compile(other) for other in others if other != name),
-        readers[layer.hands_to] if layer.hands_to is not None else None,
+        without_compile(readers[name]) if name in readers else None,
         layer.cheap_in.channels if layer.cheap_in is not None else None,
     )
 

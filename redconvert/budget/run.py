@@ -19,6 +19,7 @@ from ..errors import RedconvertError
 from ..finetune.loss import EfficiencyLoss
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, unwrapped
 from ..layers import DynamicConv, Observation, dynamic_layers, forced, observed
+from ..layers.absorb import pairs
 from ..layers.gate import Gate
 from ..layers.macs import layer_macs
 from ..progress import Step, progress_bar
@@ -254,16 +255,12 @@ class _Run:
             name: [Choice(i, j, float(effects[name][i, j]), costs[0], costs) for (i, j), costs in table.items()]
             for name, (_, table) in macs.items()
         }
-        chosen = allocate(options, budget * dense - self.meter.static_macs, self._sources())
+        sources = {reader: source for source, reader in pairs(self.layers).items()}
+        chosen = allocate(options, budget * dense - self.meter.static_macs, sources)
         for name, choice in chosen.items():
             _decide(self.layers[name].gate, choice)
         found = {name: choice.harm / 2 for name, choice in chosen.items()}  # half the square: the divergence
         return self._result(budget, self.costs(), by="layers", harms=found)
-
-    def _sources(self) -> dict[str, str]:
-        """By name of a layer that reads what another hands over, the name of that one."""
-        handing = {layer.hands_to: name for name, layer in self.layers.items() if layer.hands_to is not None}
-        return {name: handing[layer.reads_from] for name, layer in self.layers.items() if layer.reads_from in handing}
 
     def _price_list(self) -> tuple[dict[str, tuple[float, Prices]], float]:
         """By layer that runs: dense MACs per sample, and those of each decision. And the dense MACs of the network."""

@@ -12,22 +12,16 @@ from torch.nn import functional as F
 from ..layers import Decision, DynamicConv
 from ..layers.cheap import Pointwise
 from ..layers.gate import processes
-from ..layers.routing import sample_rows
+from ..layers.routing import group_samples, sample_rows
 from .solve import solve_channels
-from .statistics import ChannelMoments, sum_over_processes
+from .statistics import ChannelMoments, norm_slope, sum_over_processes
 
-__all__ = ["AbsorbedMoments", "readers", "start_absorbed"]
+__all__ = ["AbsorbedMoments", "start_absorbed"]
 
 LARGEST = 3000  # predictors (channels times taps) up to which a regression on patches is worth its memory
 POSITIONS = (64, 512)  # of one sample's output that are read: at least, at most
 LEAST_SLOPE = 0.1  # of the mean: what a norm all but removes need not make up for anything
 ROWS_PER_PREDICTOR = 4  # before fewer rows the start stands
-
-
-def readers(layers: Sequence[DynamicConv]) -> dict[DynamicConv, DynamicConv]:
-    """Who reads the channels that each layer hands over."""
-    found = {layer.reads_from: layer for layer in layers if layer.reads_from is not None}
-    return {layer: found[layer.hands_to] for layer in layers if layer.hands_to is not None and layer.hands_to in found}
 
 
 @torch.no_grad()
@@ -111,11 +105,10 @@ class AbsorbedMoments:
             dense_target = dense + (before - changed) / self.slope.to(out.dtype).view(1, -1, *(1,) * (out.dim() - 2))
         else:
             dense_target = dense
-        for decision in dict.fromkeys(decisions):
+        for decision, samples in group_samples(decisions).items():
             if decision.source not in self.sums or decision.blend:
                 continue
-            samples = torch.tensor([n for n, each in enumerate(decisions) if each == decision], device=out.device)
-            rows = sample_rows(samples, self.layer.frames_per_sample)
+            rows = sample_rows(torch.tensor(samples, device=out.device), self.layer.frames_per_sample)
             part = given.index_select(0, rows)
             self.sums[decision.source] += self._products(decision.source, part, dense_target.index_select(0, rows))
             # Few solutions tell as much as many. Several processes must pull towards the same, and solve at the end.
@@ -189,11 +182,7 @@ def _set(reader: DynamicConv, index: int, correction: Tensor, shift: Tensor) -> 
 
 def _slope(layer: DynamicConv, norm: nn.Module | None) -> Tensor:
     """What a batch norm multiplies each channel by; nearly none of it is taken for LEAST_SLOPE of the others'."""
-    ones = torch.ones(layer.out_channels, device=layer.weight.device)
-    variance, weight = getattr(norm, "running_var", None), getattr(norm, "weight", None)
-    if not isinstance(variance, Tensor) or len(variance) != layer.out_channels:
-        return ones
-    slope = torch.rsqrt(variance.detach() + norm.eps) * (ones if weight is None else weight.detach())  # type: ignore[union-attr, operator]
+    slope = norm_slope(layer, norm)
     least = LEAST_SLOPE * slope.abs().mean()
     return torch.where(slope.abs() < least, torch.where(slope < 0, -least, least), slope)
 

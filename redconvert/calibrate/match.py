@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import DynamicConv
+from ..layers.routing import sample_rows
 from .statistics import sum_over_processes
 
 __all__ = ["MatchedVariance"]
@@ -48,7 +49,7 @@ class MatchedVariance:
         mended = reduced.clone()
         for i in set(decisions) - {0}:
             samples = torch.tensor([n for n, each in enumerate(decisions) if each == i], device=out.device)
-            rows = _rows(samples, layer.frames_per_sample)
+            rows = sample_rows(samples, layer.frames_per_sample)
             dropped = torch.arange(layer.out_channels, device=out.device)[cheap.dropped(i)]
             wanted, found = (each.index_select(0, rows).index_select(1, dropped) for each in (dense, reduced))
             self.sums[i] += torch.cat([_count(found), *_moments(wanted), *_moments(found)])
@@ -82,10 +83,6 @@ class MatchedVariance:
 def _rescale(weight: nn.Parameter, bias: nn.Parameter, scale: Tensor, shift: Tensor) -> None:
     weight.mul_(scale.view(-1, *(1,) * (weight.dim() - 1)))
     bias.mul_(scale).add_(shift)
-
-
-def _rows(samples: Tensor, frames: int) -> Tensor:
-    return (samples[:, None] * frames + torch.arange(frames, device=samples.device)).flatten()
 
 
 def _count(y: Tensor) -> Tensor:

@@ -18,15 +18,16 @@ from ..convert.trace import trace
 from ..errors import RedconvertError
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in, unwrapped
 from ..layers import Decision, DynamicConv, dynamic_layers, forced, observed
+from ..layers.absorb import pairs
 from ..progress import Step, progress_bar
-from .absorb import AbsorbedMoments, readers, start_absorbed
+from .absorb import AbsorbedMoments, start_absorbed
 from .match import MatchedVariance
 from .metric import AnswerMetric
 from .reduced import ROWS_PER_CHANNEL, ReducedMoments
 from .result import CalibratedLayer, Calibration
 from .select import greedy_order, greedy_sources
 from .solve import solve_channels, solve_frames
-from .statistics import ChannelMoments, FrameMoments, raise_together, sum_over_processes
+from .statistics import ChannelMoments, FrameMoments, norm_slope, raise_together, sum_over_processes
 
 __all__ = ["calibrate"]
 
@@ -134,7 +135,7 @@ class _Run:
         self, model: nn.Module, layers: dict[str, DynamicConv], batches: Any, ridge: float, importance: str
     ) -> None:
         self.model, self.layers, self.batches, self.ridge = model, layers, batches, ridge
-        self.readers = readers(list(layers.values()))
+        self.readers = {layers[source]: layers[reader] for source, reader in pairs(layers).items()}
         self.metric = AnswerMetric(model, layers.values()) if importance == "answers" else None
         self.samples = 0  # of all processes, after a pass
         self.step: Step = lambda advance=1, text=None: None  # called after every batch
@@ -143,8 +144,11 @@ class _Run:
         self.norms = {layer: modules.get(norm or "") for layer, norm in norms.items()}
         shortcuts = {layer: facts[name].shortcut if name in facts else None for name, layer in layers.items()}
         self.shortcuts = {reader: modules.get(shortcuts[reader] or "") for reader in self.readers.values()}
+        # What a unit of variance of each channel is worth behind the norm that follows: weight^2 / variance.
         # Summed, since running statistics drift apart in data-parallel training, and the choice must be the same.
-        self.importance = {layer: sum_over_processes(_importance(layer, norm)) for layer, norm in self.norms.items()}
+        self.importance = {
+            layer: sum_over_processes(norm_slope(layer, norm).square()) for layer, norm in self.norms.items()
+        }
 
     def candidates(self) -> list[Reduced]:
         """Every reduced candidate, one axis at a time."""
@@ -357,17 +361,6 @@ def _absorbing(matched: list[Reduced], rounds: int) -> list[Reduced | None]:
     if not matched or matched == [GATES]:
         return [*matched]
     return [None, *(matched if rounds else [])]
-
-
-def _importance(layer: DynamicConv, norm: nn.Module | None) -> Tensor:
-    """What a unit of variance of each channel is worth behind the norm that follows: ``weight^2 / variance``."""
-    ones = torch.ones(layer.out_channels, dtype=torch.float64, device=layer.weight.device)
-    variance = getattr(norm, "running_var", None)
-    if not isinstance(variance, Tensor) or len(variance) != layer.out_channels:
-        return ones
-    weight = getattr(norm, "weight", None)
-    scale = weight.detach().double().square() if isinstance(weight, Tensor) else ones
-    return scale / (variance.double() + norm.eps)  # type: ignore[union-attr, operator]
 
 
 def _share(left: Tensor, total: Tensor) -> float:

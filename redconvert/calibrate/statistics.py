@@ -9,11 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from ..errors import RedconvertError
 
-__all__ = ["ChannelMoments", "FrameMoments", "gram", "process_rank", "raise_together", "sum_over_processes"]
+__all__ = [
+    "ChannelMoments",
+    "FrameMoments",
+    "gram",
+    "norm_slope",
+    "process_rank",
+    "raise_together",
+    "sum_over_processes",
+]
 
 
 @dataclass
@@ -131,6 +139,17 @@ class FrameMoments:
     @property
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.moments).all())
+
+
+def norm_slope(layer: nn.Module, norm: nn.Module | None) -> Tensor:
+    """What the batch norm behind a convolution multiplies each channel by, ``weight / sqrt(variance)``; ones where none is."""
+    convolved: Tensor = layer.weight  # type: ignore[assignment]
+    ones = torch.ones(len(convolved), dtype=torch.float64, device=convolved.device)
+    variance, weight = getattr(norm, "running_var", None), getattr(norm, "weight", None)
+    if not isinstance(variance, Tensor) or len(variance) != len(convolved):
+        return ones
+    scale = weight.detach().double() if isinstance(weight, Tensor) else ones
+    return scale * torch.rsqrt(variance.double() + norm.eps)  # type: ignore[union-attr, operator]
 
 
 def gram(x: Tensor) -> Tensor:

@@ -66,9 +66,8 @@ def shortcut(conv: fx.Node, modules: dict[str, nn.Module], calls: dict[str, list
     others = [each for each in node.args if isinstance(each, fx.Node) and each is not before]
     if node.op not in ("call_function", "call_method") or name not in _ADDITIONS or len(others) != 1 or node.kwargs:
         return None
-    order = {each: index for index, each in enumerate(conv.graph.nodes)}
     found = (n for n, each in calls.items() if len(each) == 1 and each[0].args[:1] == (others[0],))
-    return next((name for name in found if order[calls[name][0]] < order[conv]), None)
+    return next((name for name in found if calls[name][0] < conv), None)
 
 
 def _asks_shape(node: fx.Node) -> bool:

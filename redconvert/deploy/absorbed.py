@@ -46,7 +46,7 @@ def absorbed_filter(layer: DynamicConv, filter: Filter, source: int) -> Filter:
 
 def kept_alone(x: Tensor | Frames, handover: Handover, source: int) -> Tensor | Frames:
     """The channels that candidate ``source`` computed, in rank order, whether x holds all of them or those alone."""
-    if not source or x.shape[1] == handover.channels[source]:
+    if x.shape[1] == handover.channels[source]:
         return x
     kept = handover.kept(source)
     return x.replaced(select(x.held, 1, kept)) if isinstance(x, Frames) else select(x, 1, kept)
@@ -82,7 +82,7 @@ def _reaches(node: fx.Node, reader: Unit, units: dict[str, Unit], modules: dict[
     while len(node.users) == 1:
         node = next(iter(node.users))
         if node.op == "call_module" and str(node.target) in units:
-            return units[str(node.target)] is reader and len(node.all_input_nodes[:1]) == 1
+            return units[str(node.target)] is reader
         if not _passes(node, modules):
             return False
     return False

@@ -14,6 +14,7 @@ from ..convert.rewrite import copied, restore_layer
 from ..errors import RedconvertError
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, unwrapped
 from ..layers import Decision, DynamicConv, Observation, dynamic_layers, observed
+from ..layers.absorb import pairs
 from .bake import Parts, bake
 from .plain import FrozenConv
 
@@ -68,8 +69,8 @@ def freeze(
     chosen = _by_policy(dynamic, policy) if policy is not None else _by_gates(dynamic, batches, only_constant)
     target = dynamic if inplace else _copied(dynamic)
     layers = dynamic_layers(target)
-    sources = _sources(layers, chosen)
-    baked = {layers[name]: bake(layers[name], *pair, sources[name]) for name, pair in chosen.items()}
+    sources = {reader: chosen[source][0] for source, reader in pairs(layers).items() if source in chosen}
+    baked = {layers[name]: bake(layers[name], *pair, sources.get(name, 0)) for name, pair in chosen.items()}
     for layer, parts in baked.items():  # nothing below can fail
         _swap(layer, parts)
     return target
@@ -171,27 +172,11 @@ def _by_gates(dynamic: nn.Module, batches: Any, only_constant: bool) -> dict[str
     return _whole_chains(layers, chosen)
 
 
-def _sources(layers: Mapping[str, DynamicConv], chosen: Mapping[str, Pair]) -> dict[str, int]:
-    """Which candidate each layer gets of the one that it reads, where that one hands over what it computes."""
-    handed = {layers[name].hands_to: channel for name, (channel, _) in chosen.items()}
-    return {
-        name: handed[layer.reads_from] if layer.reads_from is not None else 0
-        for name, layer in layers.items()
-        if name in chosen
-    }
-
-
 def _whole_chains(layers: Mapping[str, DynamicConv], chosen: dict[str, Pair]) -> dict[str, Pair]:
     """Without those that are tied to a layer that stays dynamic: what one hands over, the other has to know."""
-    while True:
-        staying = {
-            h for name, layer in layers.items() if name not in chosen for h in (layer.hands_to, layer.reads_from)
-        }
-        ties = {name: {layers[name].hands_to, layers[name].reads_from} - {None} for name in chosen}
-        left = {name: pair for name, pair in chosen.items() if not ties[name] & staying}
-        if len(left) == len(chosen):
-            return left
-        chosen = left
+    while broken := {each for pair in pairs(layers).items() if len(chosen.keys() & pair) == 1 for each in pair}:
+        chosen = {name: candidate for name, candidate in chosen.items() if name not in broken}
+    return chosen
 
 
 def _copied(dynamic: M) -> M:

@@ -275,15 +275,14 @@ class Unit(nn.Module):
         frames = Frames(held, read.stride, read.num_frames)
         fits = residual is None or read.stride == 1 or frames.alike(residual)
         fuses = activation in ("relu", "none")
+        reduced = self._reduce(i, decision.source) if rebuilds else None
         if filling is None and fits:
             added = residual.held if isinstance(residual, Frames) and read.stride > 1 else residual
             gives = fuses if rebuilds else packed.gives_means()
             means = self._means(x.shape[0], -(-read.num_frames // read.stride), channel) if gives else None
             added = None if added is None else full(added)
-            reduced = self._reduce(i, decision.source) if rebuilds else None
             y = self._compute(held, read, packed, reduced, added, activation, overwrite, means)
             return y if read.stride == 1 and means is None else frames.replaced(y, means)
-        reduced = self._reduce(i, decision.source) if rebuilds else None
         y = to_rows(self._compute(held, read, packed, reduced, None, "none"))
         filling = filling or Filling.copies(read.stride, y)
         means = self._means(x.shape[0], read.num_frames, channel) if fuses else None

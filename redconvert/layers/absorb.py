@@ -7,7 +7,7 @@ operation that would rebuild channels costs nothing there, and the reader comput
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import RedconvertError
 from .gate import matching
-from .routing import sample_rows
+from .routing import group_samples, sample_rows
 
 if TYPE_CHECKING:
     from .base import DynamicConv
@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Absorbed",
+    "Choice",
     "Handover",
     "Source",
     "link",
     "mask_absent",
+    "pairs",
     "pooled_static",
     "read_dense",
     "static_source",
 ]
 
-Choice = int | Tensor  # the candidate of all samples, or which are open, (N, S)
+Choice = int | Tensor  # the candidate of all samples, or which are open, (N, S): the largest of them counts
 
 
 class Source(NamedTuple):
@@ -114,12 +116,21 @@ def link(source: DynamicConv, reader: DynamicConv) -> None:
     source.hands_to = reader.reads_from = Handover(source.layer_name, source.cheap_c)
 
 
+def pairs(layers: Mapping[str, DynamicConv]) -> dict[str, str]:
+    """By name of a layer that hands over, the name of the one that reads, where both are among these."""
+    readers = {layer.reads_from: name for name, layer in layers.items() if layer.reads_from is not None}
+    return {name: readers[layer.hands_to] for name, layer in layers.items() if layer.hands_to in readers}
+
+
 def mask_absent(pooled: Tensor, handover: Handover, candidates: Sequence[int], frames: int) -> Tensor:
     """A gate reads zeros where channels are missing; ``pooled (rows, C, ...)``, ``frames`` rows per sample."""
     if not any(candidates):
         return pooled
     rows = torch.tensor(candidates, device=pooled.device).repeat_interleave(frames)
-    mask = handover.present(pooled)[rows]
+    return _masked(pooled, handover.present(pooled)[rows])
+
+
+def _masked(pooled: Tensor, mask: Tensor) -> Tensor:
     return pooled * mask.view(*mask.shape, *(1,) * (pooled.dim() - 2))
 
 
@@ -144,10 +155,10 @@ class _Taken(torch.autograd.Function):
         ctx.frames = frames
         ctx.save_for_backward(weights, *results)
         out = results[0].clone()
-        for index in set(candidates) - {0}:
-            samples = torch.tensor([n for n, each in enumerate(candidates) if each == index], device=out.device)
-            rows = sample_rows(samples, frames)
-            out[rows] = results[index][rows]
+        for index, samples in group_samples(candidates).items():
+            if index:
+                rows = sample_rows(torch.tensor(samples, device=out.device), frames)
+                out[rows] = results[index][rows]
         return out
 
     @staticmethod
@@ -184,7 +195,7 @@ def pooled_static(layer: DynamicConv, x: Tensor) -> Tensor:
         mask = present.index_select(0, index)
         if layer.frames_per_sample > 1:
             mask = mask.repeat_interleave(layer.frames_per_sample, dim=0)
-    return pooled * mask.view(*mask.shape, *(1,) * (pooled.dim() - 2))
+    return _masked(pooled, mask)
 
 
 def static_source(layer: DynamicConv) -> tuple[Choice, Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from .gate import GateWeights, largest_open
 
 __all__ = ["FULL", "Decision", "decide", "group_samples", "memory_format", "route", "sample_rows", "select"]
+
+
+D = TypeVar("D")
 
 
 class Decision(NamedTuple):
@@ -39,9 +42,9 @@ def decide(weights: GateWeights, soft: bool) -> list[Decision]:
     return [Decision(row[0], row[1], bool(row[2]) if soft else False) for row in torch.stack(rows, dim=1).tolist()]
 
 
-def group_samples(decisions: Sequence[Decision]) -> dict[Decision, list[int]]:
-    """Which samples take which decision, in the order in which decisions first appear."""
-    groups: dict[Decision, list[int]] = {}
+def group_samples(decisions: Sequence[D]) -> dict[D, list[int]]:
+    """Which samples take which decision (or candidate), in the order in which decisions first appear."""
+    groups: dict[D, list[int]] = {}
     for sample, decision in enumerate(decisions):
         groups.setdefault(decision, []).append(sample)
     return groups

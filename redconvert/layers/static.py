@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .absorb import pooled_static, static_source
+from .absorb import Choice, pooled_static, static_source
 from .gate import GateWeights, largest_open
 from .masked import attach, replace_value
 from .routing import select
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["mixed", "run_static"]
 
 AXES = ("channel", "temporal")
-Choice = int | Tensor  # the candidate of all samples, or which are open, (N, S): the largest of them counts
 
 
 def run_static(layer: DynamicConv, x: Tensor) -> Tensor:
