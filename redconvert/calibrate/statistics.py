@@ -142,7 +142,7 @@ class FrameMoments:
 
 
 def norm_slope(layer: nn.Module, norm: nn.Module | None) -> Tensor:
-    """What the batch norm behind a convolution multiplies each channel by, ``weight / sqrt(variance)``; ones where none is."""
+    """What the batch norm behind a layer multiplies each channel by, ``weight / sqrt(variance)``; 1 without one."""
     convolved: Tensor = layer.weight  # type: ignore[assignment]
     ones = torch.ones(len(convolved), dtype=torch.float64, device=convolved.device)
     variance, weight = getattr(norm, "running_var", None), getattr(norm, "weight", None)
