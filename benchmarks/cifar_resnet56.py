@@ -168,6 +168,7 @@ def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
         weight=arguments.efficiency if candidate.target is not None else 0.0,
         target=candidate.target,
         bfloat16=True,
+        gate_every=arguments.gate_every,
     )
 
 
@@ -204,6 +205,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--gate-lr", type=float, default=0.005)
+    parser.add_argument("--gate-every", type=int, default=1, help="gates learn in every so many-th step")
     parser.add_argument("--efficiency", type=float, default=20.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help="names, or their beginnings")
@@ -218,7 +220,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     out = arguments.out or RESULTS / f"cifar_{arguments.network}.json"
-    keys = ("network", "epochs", "images", "batch", "lr", "gate_lr", "efficiency", "test_images")
+    keys = ("network", "epochs", "images", "batch", "lr", "gate_lr", "gate_every", "efficiency", "test_images")
     schedule = {key: getattr(arguments, key) for key in keys}
     result = json.loads(out.read_text()) if out.exists() else {}
     if result.get("schedule") != schedule:

@@ -17,7 +17,7 @@ import copy
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import RESULTS, environment, write
@@ -36,15 +36,28 @@ CALIBRATION_CLIPS = 64
 # Of the channels, for --agreement: two layers hold half of the MACs, and halves, or quarters, are too coarse for them.
 SHARES = (0.875, 0.75, 0.6875, 0.625, 0.5625, 0.5, 0.4375)
 HARM_BATCHES = 3
-# name: (axes, target of the loss, its weight, share of the teacher)
-ROWS: dict[str, tuple[str, float | None, float, float] | None] = {
+ABSORBED_SHARES = (0.75, 0.5)  # what is left out between two layers is saved twice: halves alone are coarse
+
+
+class Row(NamedTuple):
+    """How a dynamic network is made and trained."""
+
+    axes: str = "both"
+    target: float | None = 0.6  # of the efficiency loss; None: Eq. 6 as it stands
+    weight: float = 20.0  # of the efficiency loss
+    distill: float = 0.5  # share of the teacher in the task loss
+    absorb: bool = False
+
+
+ROWS: dict[str, Row | None] = {
     "dense": None,
-    "both 0.6": ("both", 0.6, 20.0, 0.5),
-    "channel 0.6": ("channel", 0.6, 20.0, 0.5),
-    "temporal 0.6": ("temporal", 0.6, 20.0, 0.5),
-    "both 0.6, no labels": ("both", 0.6, 20.0, 1.0),
-    "both, no efficiency loss": ("both", 0.6, 0.0, 0.5),
-    "both, Eq. 6": ("both", None, 0.8, 0.5),
+    "both 0.6": Row(),
+    "channel 0.6": Row("channel"),
+    "temporal 0.6": Row("temporal"),
+    "both 0.6, absorbed": Row(absorb=True),
+    "both 0.6, no labels": Row(distill=1.0),
+    "both, no efficiency loss": Row(weight=0.0),
+    "both, Eq. 6": Row(target=None, weight=0.8),
 }
 
 
@@ -73,12 +86,18 @@ class Setting:
         return train(model, self.loader(), epochs=epochs, freeze_norms=True, **{**rates, **options})
 
 
-def dynamic_from(base: nn.Module, axes: str, budget: float, calibration: list[Tensor]) -> nn.Module:
+def dynamic_from(base: nn.Module, row: Row, calibration: list[Tensor]) -> nn.Module:
     """Converted, calibrated, and set to a budget: the start of every dynamic row."""
-    config = redconvert.ConvertConfig(cheap="pointwise", channel=axes != "temporal", temporal=axes != "channel")
+    config = redconvert.ConvertConfig(
+        cheap="pointwise",
+        channel=row.axes != "temporal",
+        temporal=row.axes != "channel",
+        shares=ABSORBED_SHARES if row.absorb else None,
+        absorb=row.absorb,
+    )
     dynamic = redconvert.convert(base, config, example_inputs=calibration[0][:1])
     redconvert.calibrate(dynamic, calibration, rounds=0)
-    redconvert.set_budget(dynamic, budget, calibration[:3])
+    redconvert.set_budget(dynamic, row.target or 1.0, calibration[:3])
     redconvert.calibrate(dynamic, calibration, rounds=1, decisions="gates")
     redconvert.keep_budget(dynamic)
     return dynamic
@@ -107,12 +126,10 @@ def run(setting: Setting, name: str) -> dict[str, Any]:
         row: dict[str, Any] = {"epochs": setting.fit(model, setting.arguments.epochs, teacher=setting.base)}
         row |= {"share_of_dense_macs": 1.0}
     else:
-        axes, target, weight, distill = options
-        model = dynamic_from(setting.base, axes, target or 1.0, setting.calibration)
+        model = dynamic_from(setting.base, options, setting.calibration)
         row = {"start": {"clip_1": clip_1(model, setting.test).top1, **costs(model, setting)}}
-        row["epochs"] = setting.fit(
-            model, setting.arguments.epochs, teacher=setting.base, distill=distill, weight=weight, target=target
-        )
+        loss = {"distill": options.distill, "weight": options.weight, "target": options.target}
+        row["epochs"] = setting.fit(model, setting.arguments.epochs, teacher=setting.base, **loss)
         row |= costs(model, setting)
         redconvert.save_pretrained(model, setting.arguments.work / name)
     row["clip_1"] = clip_1(model, setting.test).top1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ def train(
     freeze_norms: bool = False,
     clip: float = 5.0,
     bfloat16: bool = False,
+    gate_every: int = 1,
 ) -> list[dict[str, float]]:
     """SGD with Nesterov momentum, warm-up and cosine; ``(1 - d) CE + d KL(teacher) + weight * L_e``.
 
     ``bfloat16`` is for 2D networks: on a CPU with avx512_bf16, torch 2.15 gives I3D's convolutions infinite gradients.
+    ``gate_every``: gates learn in every so many-th step; in between a step costs what they leave to compute.
     Returns means per epoch; leaves ``model`` in ``eval()``.
     """
     efficiency = None
@@ -48,7 +51,8 @@ def train(
         for x, y in loader:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate_factor(step, steps, warmup=0.05)
-            row = _step(model, x, y, teacher, distill if teacher is not None else 0.0, efficiency, weight, bfloat16)
+            with nullcontext() if efficiency is None or step % gate_every == 0 else redconvert.resting_gates(model):
+                row = _step(model, x, y, teacher, distill if teacher is not None else 0.0, efficiency, weight, bfloat16)
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

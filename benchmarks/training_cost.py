@@ -6,7 +6,7 @@
 R(2+1)D-18 on random clips, SGD with momentum. Time: all networks in turn in one process (A B C A B C ...),
 medians. Memory: a process per network and state, its peak resident size over what it held before the
 first step. "birth" is right after conversion, where every gate is open; "mixed" draws each sample's decision
-at random in every layer.
+at random in every layer; "half" takes half of the channels everywhere, and where gates rest they only decide.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 # Big blocks stay with the process between steps, or the kernel clears fresh pages at every step.
@@ -27,12 +28,17 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "20000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
+# name: (candidates, decisions, whether channels are absorbed, whether gates rest)
 STATES = {
-    "dense": (0, None),
-    "2 candidates, birth": (2, None),
-    "3 candidates, birth": (3, None),
-    "2 candidates, mixed": (2, "mixed"),
-    "3 candidates, mixed": (3, "mixed"),
+    "dense": (0, None, False, False),
+    "2 candidates, birth": (2, None, False, False),
+    "3 candidates, birth": (3, None, False, False),
+    "2 candidates, mixed": (2, "mixed", False, False),
+    "3 candidates, mixed": (3, "mixed", False, False),
+    "2 candidates, half": (2, "half", False, False),
+    "2 candidates, half, gates rest": (2, "half", False, True),
+    "2 candidates, half, absorbed": (2, "half", True, False),
+    "2 candidates, half, absorbed, gates rest": (2, "half", True, True),
 }
 
 
@@ -59,18 +65,21 @@ def build(state: str, arguments: argparse.Namespace):
     model = torchvision.models.video.r2plus1d_18(num_classes=400)
     clips = torch.randn(arguments.batch, 3, arguments.frames, arguments.size, arguments.size)
     labels = torch.randint(0, 400, (arguments.batch,))
-    candidates, decisions = STATES[state]
+    candidates, decisions, absorb, rests = STATES[state]
     if candidates:
-        config = redconvert.ConvertConfig(search_space=candidates)
+        config = redconvert.ConvertConfig(search_space=candidates, absorb=absorb, temporal=decisions != "half")
         model = redconvert.convert(model, config, example_inputs=clips, inplace=True)
-        if decisions:
+        if decisions == "mixed":
             open_at_random(model)
+        elif decisions == "half":
+            close_full_candidates(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
     model.train()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        torch.nn.functional.cross_entropy(model(clips), labels).backward()
+        with redconvert.resting_gates(model) if rests else nullcontext():
+            torch.nn.functional.cross_entropy(model(clips), labels).backward()
         optimizer.step()
 
     return step
@@ -85,6 +94,17 @@ def open_at_random(model) -> None:
     for layer in dynamic_layers(model).values():
         torch.nn.init.normal_(layer.gate.fc2.weight, std=2.0)
         torch.nn.init.zeros_(layer.gate.beta)
+
+
+def close_full_candidates(model) -> None:
+    """Every layer at its cheapest candidate, for every sample."""
+    import torch
+
+    from redconvert.layers import dynamic_layers
+
+    for layer in dynamic_layers(model).values():
+        with torch.no_grad():
+            layer.gate.beta.copy_(-layer.gate.beta)
 
 
 def measure_memory(state: str, arguments: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from .cost import Report, report
 from .deploy import Bench, Deployed, bench, deploy, export_onnx, freeze
 from .errors import RedconvertError
 from .finetune import EfficiencyLoss, History, distillation_loss, finetune, frozen_original, parameter_groups
-from .layers import DynamicConv2d, DynamicConv3d, Recipe, disabled, forced, observed, register
+from .layers import DynamicConv2d, DynamicConv3d, Recipe, disabled, forced, observed, register, resting_gates
 from .presets import presets
 
 __version__ = "0.1.0"
@@ -53,6 +53,7 @@ __all__ = [
     "presets",
     "register",
     "report",
+    "resting_gates",
     "revert",
     "save_pretrained",
     "set_budget",

@@ -34,6 +34,7 @@ def finetune(
     epochs: int,
     lr: float = 0.01,
     gate_lr: float | None = None,
+    gate_every: int = 1,
     target: float | None = None,
     efficiency: float | None = None,
     teacher: Literal["original"] | Callable[..., Any] | None = "original",
@@ -71,6 +72,8 @@ def finetune(
         epochs: passes over ``train``.
         lr: peak learning rate; it warms up over the share ``warmup`` of all steps, then falls to 0 as half a cosine.
         gate_lr: of the gates; ``lr`` where None. Gates and vectors have no weight decay.
+        gate_every: gates learn in every so many-th optimizer step. In between they only decide, and a step costs what
+            they leave to compute, see `resting_gates`.
         target: average executed MACs as a share of the dense network's, in (0, 1]; None: Eq. 6 without a target.
         efficiency: weight of L_e. None: 0.8 for Eq. 6, the paper's; 20 with a target, whose square is small near it.
             0 leaves it out.
@@ -109,6 +112,7 @@ def finetune(
     settings = Settings(
         epochs, lr, lr if gate_lr is None else gate_lr, target, efficiency, optimizer, momentum, weight_decay,
         warmup, distill, temperature, clip, accumulate, mixed_precision, freeze_norms, seed, kind, length_of(train),
+        gate_every,
     )  # fmt: skip
     if save_every is not None and save_every < 1:
         raise RedconvertError(f"save_every={save_every!r} must be at least 1, or None: after each epoch")

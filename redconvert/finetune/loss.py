@@ -107,7 +107,8 @@ class EfficiencyLoss:
                 "the efficiency loss saw no forward pass: build it before the loop and call it after each pass of "
                 "the converted network, in eager mode"
             )
-        if torch.is_grad_enabled() and not any(w.requires_grad for _, seen in calls for w in seen.weights):
+        learning = torch.is_grad_enabled() and any(layer.learns for layer, _ in calls)
+        if learning and not any(w.requires_grad for _, seen in calls for w in seen.weights):
             raise RedconvertError(
                 "no gate of the network carries a gradient: a frozen gate, a no_grad forward pass or a reentrant "
                 "torch.utils.checkpoint (pass use_reentrant=False) leaves the efficiency loss nothing to train"

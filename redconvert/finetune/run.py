@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..cost.measure import describe_environment, static_macs
 from ..errors import RedconvertError
 from ..inputs import move_to, take_inputs
-from ..layers import dynamic_layers
+from ..layers import dynamic_layers, resting_gates
 from ..progress import progress_bar
 from .history import History
 from .objective import Objective, Terms
@@ -52,10 +52,11 @@ class Settings:
     seed: int
     teacher: str | None
     batches: int
+    gate_every: int = 1
     processes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "accumulate"):
+        for name in ("epochs", "accumulate", "gate_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise RedconvertError(f"{name}={getattr(self, name)!r} must be an integer of at least 1")
         for name in ("lr", "gate_lr", "efficiency", "weight_decay"):
@@ -193,8 +194,12 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         statistics = [buffer.clone() for buffer in self.dynamic.buffers()]
+        learning = step % self.settings.gate_every == 0
         try:
-            with nullcontext() if update else self.accelerator.no_sync(self.network):
+            with (
+                nullcontext() if update else self.accelerator.no_sync(self.network),
+                nullcontext() if learning else resting_gates(self.dynamic),
+            ):
                 with self.accelerator.autocast(), _at(f"batch {index}", _name(epoch)):
                     terms = self.objective(self.network, batch)
                 self._check_finite("loss", terms.loss, epoch, index)

@@ -7,7 +7,7 @@ from .cheap import ChannelRebuild
 from .conv import DynamicConv2d, DynamicConv3d
 from .frames import FrameRebuild
 from .gate import Gate, GateWeights
-from .modes import disabled, dynamic_layers, forced, observed
+from .modes import disabled, dynamic_layers, forced, observed, resting_gates
 from .recipes import Recipe, recipe_of, register
 from .routing import Decision
 
@@ -31,4 +31,5 @@ __all__ = [
     "observed",
     "recipe_of",
     "register",
+    "resting_gates",
 ]

@@ -134,16 +134,19 @@ def _masked(pooled: Tensor, mask: Tensor) -> Tensor:
     return pooled * mask.view(*mask.shape, *(1,) * (pooled.dim() - 2))
 
 
-def read_dense(layer: DynamicConv, x: Tensor, source: Source) -> Tensor:
-    """The reader's full convolution in training: of the channels that each sample has; all gradients are soft."""
+def read_dense(layer: DynamicConv, x: Tensor, source: Source, learned: int = 0) -> Tensor:
+    """The reader's full convolution in training: of the channels that each sample has; all gradients are soft.
+
+    Of its own channels those beyond the candidate ``learned`` get no gradient.
+    """
     handover, frames = layer.reads_from, layer.frames_per_sample
     assert handover is not None
-    results = [layer.dense_class.forward(layer, x)]
-    for index in range(1, len(handover.channels)):
-        # A candidate that no sample takes has weight 0: its value moves the gates, and nothing else.
-        learns = torch.is_grad_enabled() and bool((source.weights[:, index] > 0).any())
-        with torch.set_grad_enabled(learns):
-            results.append(layer._convolve(x, 0, 0, index))
+    # A candidate that no sample takes has weight 0: its value moves the gates, and nothing else.
+    taken = (source.weights > 0).any(0).tolist()
+    results = []
+    for index in range(len(handover.channels)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and taken[index]):
+            results.append(layer.whole(x, index, learned))
     return _Taken.apply(source.weights, source.candidates, frames, *results)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,28 +13,28 @@ from torch.nn import functional as F
 
 from ..config import LayerConfig
 from ..errors import RedconvertError
-from .absorb import Absorbed, Handover, Source, mask_absent, read_dense
+from .absorb import Absorbed, Handover, Source, mask_absent
 from .candidates import Candidates
 from .cheap import ChannelRebuild, resolve_cheap
 from .frames import FrameRebuild
 from .gate import Gate, GateWeights, candidate_weights
 from .geometry import check_input
-from .masked import CheckpointedMix, pool
+from .masked import pool
 from .recipes import Recipe, recipe_of
 from .routing import FULL, Decision, decide, group_samples, route, sample_rows, select
 from .static import run_static
+from .training import convolve_learning, run_masked, run_resting
 
 __all__ = ["DynamicConv", "Observation"]
 
 DEFAULT_GATE_FRAMES = 8  # where no example says how long clips are
 ADDED_MODULES = ("gate", "cheap_c", "cheap_t", "cheap_in")
 ADDED_ATTRIBUTES = (  # all that make_dynamic and the modes set on a convolution
-    *("config", "candidates", "num_frames", "layer_name", "feeds_norm", "forced", "enabled", "observers"),
+    *("config", "candidates", "num_frames", "layer_name", "feeds_norm", "forced", "enabled", "learns", "observers"),
     *("hands_to", "reads_from"),
     *ADDED_MODULES,  # an absent cheap operation is a plain None
 )
 Forced = list[int | None] | int | None  # a candidate for all samples, one per sample, or None: the gate decides
-SAMPLED_SIZE = 4  # the rebuild loss is an average: about this many rows and columns of a frame tell it
 
 
 class Observation(NamedTuple):
@@ -77,6 +78,7 @@ class DynamicConv(nn.Module):
 
     # Defaults on the class, so that a converted module holds them only while they differ.
     enabled: bool = True
+    learns: bool = True  # its gate; in training, one that rests decides and gets no gradient
     feeds_norm: bool = False
     forced: tuple[Forced, Forced] = (None, None)
     observers: tuple[Callable[[DynamicConv, Observation], None], ...] = ()
@@ -170,35 +172,29 @@ class DynamicConv(nn.Module):
             return run_static(self, input)
         check_input(self, input, self.layer_name, self.num_frames, self.recipe.pad is Recipe.pad)
         source = self._source(input)
-        input, pooled = pool(input)
-        if source is not None and self.reads_from is not None:
-            pooled = mask_absent(pooled, self.reads_from, source.candidates, self.frames_per_sample)
-        weights = self._weights(input, pooled)
+        rests = self.training and not self.learns
+        with torch.no_grad() if rests else nullcontext():
+            same, pooled = pool(input)
+            if source is not None and self.reads_from is not None:
+                pooled = mask_absent(pooled, self.reads_from, source.candidates, self.frames_per_sample)
+            weights = self._weights(same, pooled)
+        input = input if rests else same
         decisions = decide(weights, soft=self.config.gate == "soft")
         if source is not None:
             decisions = [d._replace(source=i) for d, i in zip(decisions, source.candidates, strict=True)]
         if self.hands_to is not None:
             self.hands_to.source = Source(weights.channel, [decision.channel for decision in decisions])
-        if self.training:
-            y = self.dense_class.forward(self, input) if source is None else read_dense(self, input, source)
-            out = self._mixed(y, weights, decisions)
+        if rests:
+            out = run_resting(self, input, weights, decisions)
+        elif self.training:
+            out = run_masked(self, input, source, weights, decisions)
         else:
             groups = group_samples(decisions)
-            out = route(groups, lambda decision, n: self._sparse(input, weights, decision, n), input)
+            out = route(groups, lambda decision, n: self.sparse(input, weights, decision, n), input)
         seen = Observation(input.shape, out.shape, weights, decisions, source and source.weights)
         for observer in self.observers:
             observer(self, seen)
         return out
-
-    def _mixed(self, y: Tensor, weights: GateWeights, decisions: list[Decision]) -> Tensor:
-        """Training: from the full convolution ``y`` to what inference would return, with soft gradients."""
-        if self.hands_to is not None:
-            if self.cheap_t is None:
-                return y  # whoever reads it leaves channels out
-            opened = F.one_hot(torch.zeros_like(weights.channel[:, 0], dtype=torch.long), weights.channel.shape[1])
-            weights = GateWeights(opened.to(weights.channel.dtype), weights.temporal)
-        own = [d._replace(channel=0 if self.hands_to else d.channel, source=0) for d in decisions]
-        return CheckpointedMix.apply(self, own, y, *weights, *self.cheap_parameters())
 
     def _source(self, x: Tensor) -> Source | None:
         """What the layer that is read says of these samples."""
@@ -255,14 +251,16 @@ class DynamicConv(nn.Module):
         free = torch.tensor([i is None for i in per_sample], device=x.device)
         return torch.where(free[:, None], gated, rows)
 
-    def _sparse(self, x: Tensor, weights: GateWeights, decision: Decision, samples: Tensor | None) -> Tensor:
+    def sparse(
+        self, x: Tensor, weights: GateWeights, decision: Decision, samples: Tensor | None, learned: int = 0
+    ) -> Tensor:
         """Compute only what ``decision`` asks for, for these samples (None: all)."""
         if samples is not None:
             x = select(x, 0, sample_rows(samples, self.frames_per_sample))
             weights = GateWeights(*(w.index_select(0, samples) for w in weights))
         if decision == FULL:
-            return self.dense_class.forward(self, x)
-        y = self._convolve(x, decision.channel, decision.temporal, decision.source)
+            return self.whole(x, learned=learned)
+        y = self._convolve(x, decision.channel, decision.temporal, decision.source, learned)
         return self._finish(y, weights, decision, self._output_frames(x))
 
     def compute(self, x: Tensor, decision: Decision) -> Tensor:
@@ -308,41 +306,19 @@ class DynamicConv(nn.Module):
         rows = weights.repeat_interleave(self.frames_per_sample, dim=0)
         return self.cheap_c.mix(self.cheap_c.to_ranks(y), rows, 0, self.config.normalize)
 
-    def rebuild_loss(self, y: Tensor, weights: GateWeights) -> Tensor | None:
-        """Mean squared error of the closed candidates' rebuilding, over y's variance; trains them alone.
-
-        A closed candidate has weight 0, and so no gradient from the soft sum. ``y`` carries no graph.
-        """
-        if not self.config.rebuild_weight:
-            return None
-        if not (self.rebuilds and "depthwise" in self.cheap_c.kinds):  # type: ignore[union-attr]  # that one needs neighbours
-            down, across = (max(1, size // SAMPLED_SIZE) for size in y.shape[-2:])
-            y = y[..., ::down, ::across].contiguous()
-        terms = []
-        scale = y.detach().var() + torch.finfo(y.dtype).tiny
-        if self.rebuilds:
-            assert self.cheap_c is not None
-            # The frames that every temporal candidate computes: larger search spaces then cost no more.
-            sampled = self.as_clips(y, self.frames_per_sample)[:, :, :: self.candidates.strides[-1]]
-            ranks = self.cheap_c.to_ranks(self.from_clips(sampled))
-            for i, kept in enumerate(self.candidates.channels[1:], start=1):
-                error = (self.cheap_c.rebuild(i, ranks) - ranks[:, kept:]).square().flatten(1).mean(1)
-                closed = (weights.channel[:, i] == 0).repeat_interleave(len(ranks) // len(weights.channel))
-                terms.append((error * closed).mean())
-        if self.cheap_t is not None:
-            z = self.as_clips(y, self.frames_per_sample)
-            for j, stride in enumerate(self.candidates.strides[1:], start=1):
-                rebuilt = self.cheap_t.single(z[:, :, ::stride], j, z.shape[2])
-                error = (rebuilt - z).square().flatten(1).mean(1)
-                terms.append((error * (weights.temporal[:, j] == 0)).mean())
-        return self.config.rebuild_weight * sum(terms[1:], terms[0]) / scale
-
     # -- the convolution, whole or in part -------------------------------------------------------------
 
-    def _convolve(self, x: Tensor, channel: int, temporal: int, source: int = 0) -> Tensor:
+    def whole(self, x: Tensor, source: int = 0, learned: int = 0) -> Tensor:
+        """The full convolution; see `_convolve`."""
+        if not source and (not learned or self.groups > 1):
+            return self.dense_class.forward(self, x)
+        return self._convolve(x, 0, 0, source, learned)
+
+    def _convolve(self, x: Tensor, channel: int, temporal: int, source: int = 0, learned: int = 0) -> Tensor:
         """The first k channels in rank order (all of them: in the layer's own), at every R-th output frame.
 
         ``source``: the candidate of the layer that is read, which handed over no more than its channels.
+        ``learned``: of all channels, computed in training, those of this candidate alone get gradients.
         """
         kept, groups = self.candidates.channels[channel], self.groups
         weight, bias, order = self.recipe.weight(self), self.bias, None
@@ -364,9 +340,16 @@ class DynamicConv(nn.Module):
             else:
                 kept_groups = order[::per_group_out] // per_group_out
                 x = select(x, 1, sample_rows(kept_groups, per_group_in))
-        return self._partial(x, weight, bias, groups, self.candidates.strides[temporal])
+        x, stride, padding = self._strided(x, self.candidates.strides[temporal])
+        if learned and groups == 1:
+            assert self.cheap_c is not None and not channel
+            trained = self.cheap_c.order[: self.candidates.channels[learned]]
+            return convolve_learning(x, weight, bias, stride, padding, self.dilation, trained)
+        convolve: Any = F.conv3d if isinstance(self, nn.Conv3d) else F.conv2d
+        return convolve(x, weight, bias, stride, padding, self.dilation, groups)
 
-    def _partial(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, frame_stride: int) -> Tensor:
+    def _strided(self, x: Tensor, frame_stride: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+        """What to convolve for every ``frame_stride``-th output frame: the input, stride and padding."""
         raise TypeError("use DynamicConv2d or DynamicConv3d")
 
     def _per_clip(self, pooled: Tensor) -> Tensor:

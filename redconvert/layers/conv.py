@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import LayerConfig
 from .base import DynamicConv
@@ -37,10 +36,9 @@ class DynamicConv3d(DynamicConv, nn.Conv3d):
     def _output_frames(self, x: Tensor) -> int:
         return output_size(self, 0, x.shape[2])
 
-    def _partial(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, frame_stride: int) -> Tensor:
+    def _strided(self, x: Tensor, frame_stride: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
         x, padding = self.recipe.pad(self, x)
-        stride = (self.stride[0] * frame_stride, *self.stride[1:])
-        return F.conv3d(x, weight, bias, stride, padding, self.dilation, groups)
+        return x, (self.stride[0] * frame_stride, *self.stride[1:]), padding
 
 
 class DynamicConv2d(DynamicConv, nn.Conv2d):
@@ -75,9 +73,9 @@ class DynamicConv2d(DynamicConv, nn.Conv2d):
     def _output_frames(self, x: Tensor) -> int:
         return self.frames_per_sample
 
-    def _partial(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, frame_stride: int) -> Tensor:
+    def _strided(self, x: Tensor, frame_stride: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
         if frame_stride > 1:
             rows = torch.arange(x.shape[0], device=x.device).view(-1, self.frames_per_sample)
             x = select(x, 0, rows[:, ::frame_stride].flatten())
         x, padding = self.recipe.pad(self, x)
-        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, groups)
+        return x, self.stride, padding

@@ -21,7 +21,9 @@ from .routing import Decision
 if TYPE_CHECKING:
     from .base import DynamicConv
 
-__all__ = ["CheckpointedMix", "attach", "pool", "replace_value"]
+__all__ = ["CheckpointedMix", "attach", "pool", "rebuild_loss", "replace_value"]
+
+SAMPLED_SIZE = 4  # the rebuild loss is an average: about this many rows and columns of a frame tell it
 
 
 class CheckpointedMix(torch.autograd.Function):
@@ -173,13 +175,43 @@ def add_rebuild_gradient(layer: DynamicConv, y: Tensor, weights: GateWeights, pa
     if not trained:
         return
     with torch.enable_grad():
-        loss = layer.rebuild_loss(y, weights)
+        loss = rebuild_loss(layer, y, weights)
     if loss is None:
         return
     extra = torch.autograd.grad(loss, [p for _, p in trained], allow_unused=True)
     for (i, _), gradient in zip(trained, extra, strict=True):
         if gradient is not None:
             gradients[i] = gradients[i] + gradient
+
+
+def rebuild_loss(layer: DynamicConv, y: Tensor, weights: GateWeights) -> Tensor | None:
+    """Mean squared error of the closed candidates' rebuilding, over y's variance; trains them alone.
+
+    A closed candidate has weight 0, and so no gradient from the soft sum. ``y`` carries no graph.
+    """
+    if not layer.config.rebuild_weight:
+        return None
+    if not (layer.rebuilds and "depthwise" in layer.cheap_c.kinds):  # type: ignore[union-attr]  # that one needs neighbours
+        down, across = (max(1, size // SAMPLED_SIZE) for size in y.shape[-2:])
+        y = y[..., ::down, ::across].contiguous()
+    terms = []
+    scale = y.detach().var() + torch.finfo(y.dtype).tiny
+    if layer.rebuilds:
+        assert layer.cheap_c is not None
+        # The frames that every temporal candidate computes: larger search spaces then cost no more.
+        sampled = layer.as_clips(y, layer.frames_per_sample)[:, :, :: layer.candidates.strides[-1]]
+        ranks = layer.cheap_c.to_ranks(layer.from_clips(sampled))
+        for i, kept in enumerate(layer.candidates.channels[1:], start=1):
+            error = (layer.cheap_c.rebuild(i, ranks) - ranks[:, kept:]).square().flatten(1).mean(1)
+            closed = (weights.channel[:, i] == 0).repeat_interleave(len(ranks) // len(weights.channel))
+            terms.append((error * closed).mean())
+    if layer.cheap_t is not None:
+        z = layer.as_clips(y, layer.frames_per_sample)
+        for j, stride in enumerate(layer.candidates.strides[1:], start=1):
+            rebuilt = layer.cheap_t.single(z[:, :, ::stride], j, z.shape[2])
+            error = (rebuilt - z).square().flatten(1).mean(1)
+            terms.append((error * (weights.temporal[:, j] == 0)).mean())
+    return layer.config.rebuild_weight * sum(terms[1:], terms[0]) / scale
 
 
 class _Pool(torch.autograd.Function):

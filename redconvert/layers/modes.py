@@ -14,7 +14,7 @@ from ..errors import RedconvertError
 from ..inputs import unwrapped
 from .base import DynamicConv, Forced, Observation
 
-__all__ = ["disabled", "dynamic_layers", "forced", "observed"]
+__all__ = ["disabled", "dynamic_layers", "forced", "observed", "resting_gates"]
 
 
 def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
@@ -31,6 +31,17 @@ def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Run the network dense, as it was before conversion: the teacher, or the other side of a benchmark."""
     with _attributes(dynamic_layers(model).values(), enabled=False):
+        yield model
+
+
+@contextmanager
+def resting_gates(model: nn.Module) -> Iterator[nn.Module]:
+    """In training, let the gates decide and not learn: a step then costs what the decisions leave to compute.
+
+    A gate learns from what every candidate would have given, so all of them are computed; here only those that are
+    taken. Put it around the forward and the backward pass of most steps, and let gates learn in every few alone.
+    """
+    with _attributes(dynamic_layers(model).values(), learns=False):
         yield model
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .absorb import Choice, pooled_static, static_source
 from .gate import GateWeights, largest_open
-from .masked import attach, replace_value
+from .masked import attach, rebuild_loss, replace_value
 from .routing import select
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def mixed(layer: DynamicConv, x: Tensor, weights: GateWeights) -> Tensor:
     if layer.config.gate == "hard":
         hard = GateWeights(*(F.one_hot(largest_open(w).long(), w.shape[1]).to(w.dtype) for w in weights))
         out = replace_value(out, layer.mix(y.detach(), hard).detach())
-    loss = layer.rebuild_loss(y.detach(), GateWeights(*(w.detach() for w in weights)))
+    loss = rebuild_loss(layer, y.detach(), GateWeights(*(w.detach() for w in weights)))
     return out if loss is None else attach(out, loss)
 
 

@@ -65,6 +65,22 @@ def test_figures_against_a_hand_evaluation():
     assert row["val_accuracy"] == pytest.approx(sum(rights) / 24)
 
 
+def test_gates_learn_in_every_third_step():
+    """Of four steps of two batches each: gates move in the steps 0 and 3, weights in all."""
+    dynamic, passes, learning = undecided(network()), [], []
+    dynamic.register_forward_pre_hook(lambda model, inputs: passes.append(model.training))
+    gate = next(iter(dynamic_layers(dynamic).values())).gate.beta
+    gate.register_post_accumulate_grad_hook(lambda parameter: learning.append((sum(passes) - 1) // 2))
+    history = run(dynamic, batches(4, 8), accumulate=2, gate_every=3, target=0.6, lr=0.01)
+    assert len(history.steps) == sum(passes) == 8
+    assert learning == [0, 0, 3, 3]
+    assert {step["cost"] for step in history.steps} != {1.0}
+    again = run(undecided(network()), batches(4, 8), accumulate=2, gate_every=1, target=0.6, lr=0.01)
+    assert again.steps[:2] == history.steps[:2]
+    assert again.losses[3] == pytest.approx(history.losses[3], rel=1e-6)  # after the first update, which both make
+    assert again.losses[6] != pytest.approx(history.losses[6], rel=1e-6)
+
+
 @pytest.mark.parametrize("as_list", [True, False])
 def test_validation_reads_every_sample(as_list):
     """Also where the last training batch is short: 4 of 8 samples, of which a list's batches must not be cut."""

@@ -37,10 +37,10 @@ def images(world: int, folder: Path) -> dict[str, Any]:
 
 
 def clips(world: int, folder: Path) -> dict[str, Any]:
-    """A target, frozen norms, gradients accumulated and computed again."""
+    """A target, frozen norms, gates that rest every second step, gradients accumulated and computed again."""
     dynamic = undecided(network(3))
     settings = {"epochs": 3, "lr": 0.02, "target": 0.6, "freeze_norms": True, "gradient_checkpointing": True}
-    return summary(dynamic, run(dynamic, loader(8, world, 3), accumulate=2, clip=1.0, **settings))
+    return summary(dynamic, run(dynamic, loader(8, world, 3), accumulate=2, gate_every=2, clip=1.0, **settings))
 
 
 def twice(world: int, folder: Path) -> dict[str, Any]:

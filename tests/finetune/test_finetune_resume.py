@@ -153,7 +153,7 @@ def test_accumulation_resumes_between_steps(tmp_path):
             raise KeyboardInterrupt
         return torch.nn.functional.cross_entropy(out, labels)
 
-    ends.calls, settings = 0, {"accumulate": 2, "lr": 0.1, "optimizer": "adamw"}
+    ends.calls, settings = 0, {"accumulate": 2, "gate_every": 2, "lr": 0.1, "optimizer": "adamw"}
     with pytest.raises(KeyboardInterrupt):
         run(network(), batches(8, 5), out=tmp_path, save_every=1, criterion=ends, **settings)
     assert len(torch.load(tmp_path / "resume.pt")["position"]["steps"]) == 2

@@ -1,0 +1,104 @@
+"""How a dynamic convolution trains: with gates that learn, or at the price of inference while they rest.
+
+A gate learns from what every candidate would have given, so that all of them are computed. One that rests
+(`redconvert.resting_gates`) only decides: no more is computed than its decisions ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .absorb import Source, read_dense
+from .gate import GateWeights, matching
+from .masked import CheckpointedMix
+from .routing import Decision, group_samples, route, select
+
+if TYPE_CHECKING:
+    from .base import DynamicConv
+
+__all__ = ["convolve_learning", "run_masked", "run_resting"]
+
+
+def run_masked(
+    layer: DynamicConv, x: Tensor, source: Source | None, weights: GateWeights, decisions: list[Decision]
+) -> Tensor:
+    """From the full convolution to what inference would return, with the gradient of the soft sum."""
+    learned = _learned(layer, decisions)
+    y = layer.whole(x, learned=learned) if source is None else read_dense(layer, x, source, learned)
+    if layer.hands_to is not None:
+        if layer.cheap_t is None:
+            return y  # whoever reads it leaves channels out
+        opened = F.one_hot(torch.zeros_like(weights.channel[:, 0], dtype=torch.long), weights.channel.shape[1])
+        weights = GateWeights(opened.to(weights.channel.dtype), weights.temporal)
+    own = [d._replace(channel=0 if layer.hands_to else d.channel, source=0) for d in decisions]
+    return CheckpointedMix.apply(layer, own, y, *weights, *layer.cheap_parameters())
+
+
+def run_resting(layer: DynamicConv, x: Tensor, weights: GateWeights, decisions: list[Decision]) -> Tensor:
+    """What inference returns, computed as inference does.
+
+    Only a layer that hands over computes all of its channels, for the statistics of the norm behind it; those that
+    nobody reads get no gradient and cost no backward pass.
+    """
+    learned = 0
+    if layer.hands_to is not None:
+        learned = _learned(layer, decisions)
+        decisions = [d._replace(channel=0) for d in decisions]
+    return route(group_samples(decisions), lambda decision, n: layer.sparse(x, weights, decision, n, learned), x)
+
+
+def _learned(layer: DynamicConv, decisions: list[Decision]) -> int:
+    """The largest channel candidate that a sample takes: those that only larger ones compute get no gradient."""
+    return min(d.channel for d in decisions) if layer.cheap_c is not None else 0
+
+
+def convolve_learning(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    learned: Tensor,
+) -> Tensor:
+    """A convolution without groups, all of whose gradients but those of the output channels ``learned`` are zero.
+
+    That is for the caller to know; the backward pass then costs what these channels cost.
+    """
+    if torch.is_autocast_enabled(x.device.type):  # which ends inside a function of its own
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    geometry = (tuple(stride), tuple(padding), tuple(dilation))
+    return _Learning.apply(x, matching(weight, x), bias, geometry, learned)
+
+
+class _Learning(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, geometry, learned: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, learned)
+        ctx.geometry, ctx.has_bias = geometry, bias is not None
+        convolve = F.conv2d if x.dim() == 4 else F.conv3d
+        with torch.autocast(x.device.type, enabled=False):
+            return convolve(x, weight, bias, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        x, weight, learned = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        gradient, part = select(gradient, 1, learned), weight.index_select(0, learned)
+        sizes, transposed = [len(learned)] if ctx.has_bias else None, (False, [0] * len(ctx.geometry[0]))
+        by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
+            gradient, x, part, sizes, *ctx.geometry, *transposed, 1, wanted
+        )
+        if by_weight is not None:
+            by_weight = torch.zeros_like(weight).index_copy_(0, learned, by_weight.to(weight.dtype))
+        if by_bias is not None:
+            by_bias = by_bias.new_zeros(len(weight)).index_copy_(0, learned, by_bias)
+        return by_x, by_weight, by_bias, None, None
