@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 
@@ -21,7 +22,9 @@ __all__ = ["AbsorbedMoments", "start_absorbed"]
 LARGEST = 3000  # predictors (channels times taps) up to which a regression on patches is worth its memory
 POSITIONS = (64, 512)  # of one sample's output that are read: at least, at most
 LEAST_SLOPE = 0.1  # of the mean: what a norm all but removes need not make up for anything
-ROWS_PER_PREDICTOR = 4  # before fewer rows the start stands
+ROWS_PER_PREDICTOR = 1  # before fewer rows the start stands
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0)  # of the ridge, tried on samples that were not solved with
+FOLDS = 2
 
 
 @torch.no_grad()
@@ -54,14 +57,17 @@ class AbsorbedMoments:
     """Of one reader: its dense results, regressed on patches of the channels that are there.
 
     ``W_i`` and ``b_i`` minimise ``E |y - W_i * x_k - b_i|^2`` at sampled output positions, y from the dense network and
-    x_k from the reduced one, or from the dense one, too. The ridge pulls towards what stands there. With the reduced
-    network, layers are mended in the order in which they run, so that each regresses on inputs that are right
-    already: one pass does for all. Where an input that the reduced network has changed is added to the result
+    x_k from the reduced one, or from the dense one, too. A ridge pulls towards what stood there at first: a network of
+    many channels has more predictors than a few dozen clips show different things. Its strength is the one with which
+    the solution of each half of the samples does best on the other half; where none does any good, the start stays.
+
+    With the reduced network, layers are mended in the order in which they run, so that each regresses on inputs that
+    are right already: one pass does for all. Where an input that the reduced network has changed is added to the result
     (a residual block's), the layer makes up for that as well: its target is y less that change, seen through the norm.
 
     Args:
         layer: the reader.
-        ridge: relative to the mean variance of the predictors.
+        ridge: the least, relative to the mean variance of the predictors.
         norm: the batch norm between the layer and the sum, if there is one.
     """
 
@@ -72,23 +78,26 @@ class AbsorbedMoments:
         taps, device = layer.weight[0, 0].numel(), layer.weight.device
         sizes = {i: 1 + kept * taps for i, kept in enumerate(layer.reads_from.channels) if i}
         self.sums = {
-            i: torch.zeros(size + layer.out_channels, size, dtype=torch.float64, device=device)
+            i: torch.zeros(FOLDS, size + layer.out_channels, size, dtype=torch.float64, device=device)
             for i, size in sizes.items()
             if size <= LARGEST
         }
+        self.start = {i: self._weights(i) for i in self.sums}
+        self.samples = 0
         self.solved = dict.fromkeys(self.sums, 0.0)  # rows that the last solution saw
+        self.strength: dict[int, float] = {}
 
     def add_dense(self, x: Tensor, y: Tensor) -> None:
         """Add one call of the dense network, ``(N, C_in, ...)`` and ``(N, C_out, ...)``, to all candidates."""
         if not self.sums:
             return
         most = min(self.sums)  # candidates are nested: the sums of the smaller ones are part of the largest one's
-        found, size = self._products(most, x, y), self.sums[most].shape[1]
+        found, size = self._products(most, x, y), self.sums[most].shape[2]
         for sums in self.sums.values():
-            part = torch.arange(sums.shape[1], device=found.device)
+            part = torch.arange(sums.shape[2], device=found.device)
             part[-1] = size - 1  # the constant
-            rows = torch.cat([part, torch.arange(size, len(found), device=found.device)])
-            sums += found[rows][:, part]
+            rows = torch.cat([part, torch.arange(size, found.shape[1], device=found.device)])
+            sums += found[:, rows][:, :, part]
 
     def mend(self, x: Tensor, out: Tensor, decisions: Sequence[Decision], added: Tensor | None = None) -> Tensor:
         """Add one call's input and result, both of the dense stream and then of the reduced one; the mended result.
@@ -125,6 +134,7 @@ class AbsorbedMoments:
     def apply(self) -> None:
         """Solve with all that was seen."""
         for index in self.sums:
+            self.strength.pop(index, None)
             self._solve(index)
 
     @property
@@ -132,45 +142,95 @@ class AbsorbedMoments:
         return all(bool(torch.isfinite(sums).all()) for sums in self.sums.values())
 
     def _rows(self, index: int) -> float:
-        size = self.sums[index].shape[1]
-        return float(self.sums[index][size - 1, size - 1])
+        size = self.sums[index].shape[2]
+        return float(self.sums[index][:, size - 1, size - 1].sum())
+
+    @torch.no_grad()
+    def _weights(self, index: int) -> Tensor:
+        """W_i and b_i as they stand, ``(C_out, k * taps + 1)``."""
+        layer = self.layer
+        assert layer.reads_from is not None and layer.cheap_in is not None
+        weight, bias = layer.cheap_in.filter(
+            index, layer.recipe.weight(layer).double(), layer.bias, layer.reads_from.kept(index)
+        )
+        return torch.cat([weight.flatten(1), bias[:, None].double()], dim=1)
 
     @torch.no_grad()
     def _products(self, index: int, x: Tensor, y: Tensor) -> Tensor:
-        """Sum of ``[p, 1, y] [p, 1]^T`` over sampled positions, p the patches of candidate ``index``'s channels."""
+        """Sum of ``[p, 1, y] [p, 1]^T`` over sampled positions, p the patches of candidate ``index``'s channels.
+
+        One for every second sample, one for the others: ``(2, k * taps + 1 + C_out, k * taps + 1)``.
+        """
         assert self.layer.reads_from is not None
         x = x.detach().index_select(1, self.layer.reads_from.kept(index)).float()
         patches, positions = _patches(self.layer, x, y, self._positions(index, y), self.generator)
         targets = y.detach().flatten(2).index_select(2, positions).float()
-        predictors = torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1).transpose(0, 1).flatten(1)
-        joint = torch.cat([predictors, targets.transpose(0, 1).flatten(1)])
-        return (joint @ predictors.T).double()
+        frames, samples = self.layer.frames_per_sample, len(x) // self.layer.frames_per_sample
+        fold = (self.samples + torch.arange(samples, device=x.device)).repeat_interleave(frames) % FOLDS
+        self.samples += samples
+        joint = torch.cat([patches, torch.ones_like(patches[:, :1]), targets], dim=1)
+        found = []
+        for each in range(FOLDS):
+            rows = joint[fold == each].transpose(0, 1).flatten(1)
+            found.append((rows @ rows[: patches.shape[1] + 1].T).double())
+        return torch.stack(found)
 
     def _positions(self, index: int, y: Tensor) -> int:
         """How many: products of patches are to cost no more than the convolution."""
-        total, size = y[0, 0].numel(), self.sums[index].shape[1]
+        total, size = y[0, 0].numel(), self.sums[index].shape[2]
         least, most = POSITIONS
         return min(total, max(least, min(most, total * self.layer.out_channels // size)))
 
     @torch.no_grad()
     def _solve(self, index: int) -> None:
-        sums, size, layer = self.sums[index], self.sums[index].shape[1], self.layer
-        count = self._rows(index)
+        layer, start = self.layer, self.start[index]
+        count, size = self._rows(index), start.shape[1]
         if count < ROWS_PER_PREDICTOR * size:
             return
-        assert layer.reads_from is not None and layer.cheap_in is not None
-        within, across = sums[:size] / count, sums[size:] / count
-        kept = layer.reads_from.kept(index)
-        own = layer.recipe.weight(layer).index_select(1, kept).double()
-        bias = torch.zeros_like(own[:, 0, 0].flatten(1)[:, 0]) if layer.bias is None else layer.bias.double()
-        weight, shift = (each[index - 1].double() for each in (layer.cheap_in.weights, layer.cheap_in.biases))
-        stands = torch.cat([(own + weight).flatten(1), (bias + shift)[:, None]], dim=1)
-        damping = self.ridge * within.diagonal()[:-1].mean() * torch.eye(size, dtype=within.dtype, device=within.device)
-        damping[-1, -1] = torch.finfo(torch.float32).tiny
-        solution = torch.linalg.solve(within + damping, (across + stands @ damping).T).T
+        assert layer.reads_from is not None
+        if index not in self.strength:
+            self.strength[index] = self._strength(index)
+        solution = _ridge(self.sums[index].sum(0), start, self.strength[index])
         if torch.isfinite(solution).all():
+            own = layer.recipe.weight(layer).double().index_select(1, layer.reads_from.kept(index))
+            bias = 0 if layer.bias is None else layer.bias.double()
             _set(layer, index, solution[:, :-1].view_as(own) - own, solution[:, -1] - bias)
             self.solved[index] = count
+
+    def _strength(self, index: int) -> float:
+        """The ridge with which each fold's solution errs least on the other fold; infinite: the start errs less."""
+        folds, start = self.sums[index].float(), self.start[index].float()
+        if not self.ridge or (folds[:, start.shape[1] - 1, start.shape[1] - 1] == 0).any():
+            return self.ridge
+        errors = {math.inf: sum(_error(fold, start) for fold in folds)}
+        for strength in (self.ridge * times for times in STRENGTHS):
+            solutions = [_ridge(fold, start, strength) for fold in folds]
+            errors[strength] = sum(_error(fold, other) for fold, other in zip(folds, reversed(solutions), strict=True))
+        return min(errors, key=lambda strength: errors[strength] if math.isfinite(errors[strength]) else math.inf)
+
+
+def _ridge(sums: Tensor, start: Tensor, strength: float) -> Tensor:
+    """The solution ``(C_out, P)`` of the normal equations in ``sums (P + C_out, P)``, pulled towards ``start``.
+
+    The last predictor is the constant, which is not pulled. NaN where the equations have no solution.
+    """
+    size = start.shape[1]
+    if math.isinf(strength):
+        return start
+    within, across = (part / sums[size - 1, size - 1] for part in (sums[:size], sums[size:]))
+    damping = (strength * within.diagonal()[:-1].mean()).expand(size).clone()
+    damping[-1] = torch.finfo(torch.float32).tiny
+    factor, failed = torch.linalg.cholesky_ex(within + damping.diag())
+    if failed:
+        return torch.full_like(start, math.nan)
+    return torch.cholesky_solve((across + start * damping).T, factor).T
+
+
+def _error(sums: Tensor, solution: Tensor) -> float:
+    """Of what ``sums`` was taken of: its mean squared error, less a constant."""
+    size = solution.shape[1]
+    within, across = (part / sums[size - 1, size - 1] for part in (sums[:size], sums[size:]))
+    return float(((solution @ within - 2 * across) * solution).sum())
 
 
 @torch.no_grad()

@@ -179,3 +179,25 @@ def test_large_regressions_stay_with_the_start(monkeypatch):
     assert torch.equal(reader.cheap_in.weights[0], start)
     assert isinstance(source, DynamicConv)
     assert start.abs().sum() > 0
+
+
+def test_few_samples_do_no_harm(monkeypatch):
+    """With more predictors than samples the least ridge fits noise; the one that the other half likes does not."""
+    few, others = torch.randn(4, 3, 6, 6), torch.randn(256, 3, 6, 6)
+    model = network(source=24, padding=1)
+    model(few)
+    with torch.no_grad():
+        wanted = model[0](others)
+
+    def error(match):
+        dynamic = converted(model, few)
+        redconvert.calibrate(dynamic, [few], match=match)
+        source, reader = pair(dynamic)
+        source.forced, reader.forced = (1, 0), (0, 0)
+        with torch.no_grad():
+            return float((dynamic[0](others) - wanted).square().mean() / wanted.var())
+
+    start, chosen = error(match=False), error(match=True)
+    monkeypatch.setattr(AbsorbedMoments, "_strength", lambda self, index: self.ridge)
+    assert chosen < 1.02 * start
+    assert error(match=True) > 1.2 * start
