@@ -51,3 +51,33 @@ def agreement_against_macs(result: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def cascades_against_macs(result: dict[str, Any], path: Path) -> None:
+    """One pass at each budget, and a line for each that asks the dense network again where it is unsure."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    alone = sorted(
+        (100 * r["alone"]["share_of_dense_macs"], 100 * r["alone"]["accuracy"]) for r in result["first"].values()
+    )
+    axes.axhline(100 * result["dense_accuracy"], color="gray", linestyle=":", label="dense")
+    for color, (first, row) in zip(
+        pyplot.get_cmap("viridis")([0.1, 0.35, 0.6, 0.85]), result["first"].items(), strict=False
+    ):
+        points = sorted((100 * p["share_of_dense_macs"], 100 * p["accuracy"]) for p in row.values())
+        axes.plot(
+            *zip(*points, strict=True),
+            marker=".",
+            color=color,
+            label=f"asking again after a pass at {float(first):.0%}",
+        )
+    axes.plot(*zip(*alone, strict=True), marker="o", color="black", linestyle="--", label="one pass, by layers")
+    axes.set(xlabel="executed MACs, % of the dense network's", ylabel="right answers, %")
+    axes.set_title(
+        f"ResNet-56 without training, {result['test_images']:,} CIFAR-10 test images", loc="left", fontsize=10
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -3,6 +3,7 @@
 from . import zoo
 from .budget import Budget, clear_budget, keep_budget, set_budget
 from .calibrate import Calibration, calibrate
+from .cascade import Cascade, cascade
 from .checkpoint import from_pretrained, load_weights, save_pretrained
 from .config import ConvertConfig, LayerConfig
 from .convert import Plan, convert, revert
@@ -20,6 +21,7 @@ __all__ = [
     "Bench",
     "Budget",
     "Calibration",
+    "Cascade",
     "ConvertConfig",
     "Deployed",
     "DynamicConv2d",
@@ -34,6 +36,7 @@ __all__ = [
     "__version__",
     "bench",
     "calibrate",
+    "cascade",
     "clear_budget",
     "convert",
     "deploy",

@@ -28,8 +28,7 @@ class FoldedGate:
         self.gate, self.reads = gate, reads
         self.split = gate.num_temporal if gate.num_temporal > 1 else 0  # z holds the temporal candidates first
         self._version = -1
-        self._second: tuple[Tensor, Tensor] | None = None
-        self._first: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._layers: dict[tuple[int, int, int], kernels.GateLayers] = {}
 
     def __call__(self, x: Tensor | Frames, sources: list[int] | None = None) -> tuple[list[Decision], Tensor]:
         """From the layer's input, a decision per sample and z ``(N, S_t + S_c)``. The device is read once.
@@ -39,17 +38,19 @@ class FoldedGate:
         held, stride = (x.held, x.stride) if isinstance(x, Frames) else (x, 1)
         compact = sources[0] if sources and self.reads is not None and held.shape[1] < self.reads.channels[0] else 0
         key = (x.shape[2], stride, compact)
-        first = self._first.get(key) or self._fold_first(*key)
-        if self._second is None or self._version != self.gate.threshold._version:
+        if self._version != self.gate.threshold._version:
             self._version = self.gate.threshold._version
-            shift = (self.gate.beta.float() - self.gate.threshold.float()).detach()
-            self._second = self.gate.fc2.weight.detach().float().T.contiguous(), shift
+            self._layers.clear()
+        layers = self._layers.get(key) or self._fold(*key)
         pooled = x.pooled if isinstance(x, Frames) else None
         if not compact and self.reads is not None and sources is not None and any(sources):
             pooled = masked_means(x, self.reads, sources)
-        z = kernels.gate(to_rows(held), first, self._second, pooled)
-        rows = z.tolist()
-        return [Decision(_first_open(row[self.split :]), _first_open(row[: self.split])) for row in rows], z
+        z = layers(to_rows(held), pooled)
+        split, given = self.split, sources or [0] * z.shape[0]
+        return [
+            Decision(_first_open(row[split:]), _first_open(row[:split]) if split else 0, False, source)
+            for row, source in zip(z.tolist(), given, strict=True)
+        ], z
 
     def weights(self, z: Tensor, normalize: bool) -> GateWeights:
         """The weights that the layer itself would report for z."""
@@ -59,8 +60,8 @@ class FoldedGate:
             *(candidate_weights(part, normalize) if part.shape[1] else ones for part in (channel, temporal))
         )
 
-    def _fold_first(self, num_frames: int, stride: int, compact: int) -> tuple[Tensor, Tensor]:
-        """W1 and b1 for clips of ``num_frames`` frames, of which every ``stride``-th is held and copied.
+    def _fold(self, num_frames: int, stride: int, compact: int) -> kernels.GateLayers:
+        """The gate for clips of ``num_frames`` frames, of which every ``stride``-th is held and copied.
 
         ``compact``: a candidate of the layer that is read, whose channels they hold alone.
         """
@@ -79,11 +80,16 @@ class FoldedGate:
         if stride > 1:
             weight = torch.stack([part.sum(1) for part in weight.split(stride, dim=1)], dim=1)
         bias = norm.bias.float() - norm.running_mean.float() * scale
-        folded = weight.flatten(1).T.contiguous(), bias.detach().contiguous()
-        self._first[num_frames, stride, compact] = folded
-        return folded
+        shift = (gate.beta.float() - gate.threshold.float()).detach()
+        second = gate.fc2.weight.detach().float().T.contiguous(), shift.contiguous()
+        layers = kernels.GateLayers(weight.flatten(1).T.contiguous(), bias.detach().contiguous(), *second)
+        self._layers[num_frames, stride, compact] = layers
+        return layers
 
 
 def _first_open(row: list[float]) -> int:
     """The largest open candidate: the first with z > 0, else the last."""
-    return next((index for index, z in enumerate(row) if z > 0), max(len(row) - 1, 0))
+    for index, z in enumerate(row):
+        if z > 0:
+            return index
+    return max(len(row) - 1, 0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Assembly", "Filling", "Triple", "addresses", "compiled", "gate", "max_pool", "pool_into"]
+__all__ = ["Assembly", "Filling", "GateLayers", "Triple", "addresses", "compiled", "max_pool", "pool_into"]
 
 SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "vectors.c")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
@@ -79,16 +79,20 @@ class Assembly:
 
         ``pooled (N, T, C_out)``, zeros in float32, takes the mean of the result over H and W.
         """
-        k, d, channels = computed.shape[-1], 0 if rebuilt is None else rebuilt.shape[-1], len(self.source)
+        k, d, channels = computed.shape[-1], 0 if rebuilt is None else rebuilt.shape[-1], self.source.shape[0]
         function = _function("assemble", computed, max(k + d, channels))
         if function is None:
             return pool_into(pooled, self.in_pytorch(computed, rebuilt, residual, relu))
         N, T, H, W = computed.shape[:4]
         out = computed.new_empty(N, T, H, W, channels)
-        table = (*addresses(self.pieces), len(self.pieces), *addresses(self.source, self.scale, self.shift))
         sources = (*addresses(computed), k, *addresses(rebuilt), d)
-        function(*sources, *table, *addresses(residual), relu, N * T, H * W, channels, *addresses(out, pooled))
+        function(*sources, *self._table, *addresses(residual), relu, N * T, H * W, channels, *addresses(out, pooled))
         return out
+
+    @functools.cached_property
+    def _table(self) -> tuple[int | None, ...]:
+        """What never changes of the C function's arguments."""
+        return *addresses(self.pieces), len(self.pieces), *addresses(self.source, self.scale, self.shift)
 
     def in_pytorch(self, computed: Tensor, rebuilt: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
         """The same, pass after pass."""
@@ -161,26 +165,37 @@ def max_pool(
     return out
 
 
-def gate(
-    x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], pooled: Tensor | None = None
-) -> Tensor:
-    """``z = tanh(mean(x) w1 + b1) w2 + b2``, the mean over H and W: the gate (Eq. 4) with everything folded in.
+@dataclass(frozen=True)
+class GateLayers:
+    """The gate (Eq. 4) with everything folded in: ``z = tanh(mean(x) w1 + b1) w2 + b2``, the mean over H and W.
 
-    ``x (N, T, H, W, C)``, ``first``: w1 ``(T * C, hidden)`` and b1, ``second``: w2 ``(hidden, outs)`` and b2, float32.
-    ``pooled (N, T, C)``: mean(x), where it is known. Returns ``(N, outs)``.
+    Attributes:
+        w1: ``(T * C, hidden)``; b1: ``(hidden)``; w2: ``(hidden, outs)``; b2: ``(outs)``; all float32, contiguous.
     """
-    (w1, b1), (w2, b2) = first, second
-    x = x if pooled is None else pooled[:, :, None, None].to(w1.dtype)
-    function = _function("gate", x, x.shape[4]) if len(b1) <= HIDDEN else None
-    if function is None:
-        pooled = x.flatten(2, 3).mean(2)
-        return torch.addmm(b2, torch.addmm(b1, pooled.flatten(1).to(w1.dtype), w1).tanh_(), w2)
-    z = b2.new_empty(len(x), len(b2))
-    N, T, H, W, C = x.shape
-    weights = (*addresses(w1, b1), len(b1), *addresses(w2, b2), len(b2))
-    for sample in range(N):
-        function(*addresses(x[sample]), T, H * W, C, *weights, *addresses(z[sample]))
-    return z
+
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+
+    def __call__(self, x: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """``x (N, T, H, W, C)``, or ``pooled (N, T, C)``, which is mean(x), where it is known: ``z (N, outs)``."""
+        x = x if pooled is None else pooled[:, :, None, None].to(self.w1.dtype)
+        N, T, H, W, C = x.shape
+        function = _function("gate", x, C) if self.b1.shape[0] <= HIDDEN else None
+        if function is None:
+            pooled = x.flatten(2, 3).mean(2)
+            hidden = torch.addmm(self.b1, pooled.flatten(1).to(self.w1.dtype), self.w1).tanh_()
+            return torch.addmm(self.b2, hidden, self.w2)
+        z = self.b2.new_empty(N, self.b2.shape[0])
+        for sample, out in ((x, z),) if N == 1 else zip(x, z, strict=True):
+            function(*addresses(sample), T, H * W, C, *self._weights, *addresses(out))
+        return z
+
+    @functools.cached_property
+    def _weights(self) -> tuple[int | None, ...]:
+        first, second = addresses(self.w1, self.b1), addresses(self.w2, self.b2)
+        return *first, len(self.b1), *second, len(self.b2)
 
 
 def pool_into(pooled: Tensor | None, x: Tensor) -> Tensor:
@@ -198,8 +213,11 @@ def _function(name: str, x: Tensor, channels: int) -> Any:
 
 def addresses(*tensors: Tensor | None) -> list[int | None]:
     """Of contiguous tensors, for C."""
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    found = []
+    for tensor in tensors:
+        assert tensor is None or tensor.is_contiguous()
+        found.append(None if tensor is None else tensor.data_ptr())
+    return found
 
 
 @functools.cache

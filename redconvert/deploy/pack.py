@@ -17,6 +17,7 @@ from .vectors import ACTIVATIONS
 __all__ = ["Filter", "PackedConv", "channels_last", "from_rows", "to_rows"]
 
 FORM_NAMES = ("conv", "frames", "line", "rows", "channels")
+AVAILABLE = torch.backends.mkldnn.is_available()
 PACKED_TYPES = (torch.float32, torch.bfloat16)
 TRIALS = 3
 SHAPES = 4  # of the input for which a convolution keeps its packed weights
@@ -111,8 +112,8 @@ class PackedConv:
         return found
 
     def _serves(self, x: Tensor) -> bool:
-        packable = x.device.type == "cpu" and x.dtype in PACKED_TYPES and x.dtype == self.filter.weight.dtype
-        return packable and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+        packable = x.is_cpu and x.dtype in PACKED_TYPES and x.dtype == self.filter.weight.dtype
+        return packable and AVAILABLE and bool(torch.backends.mkldnn.enabled)
 
     def _plain(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         f = self.filter

@@ -190,6 +190,8 @@ class Unit(nn.Module):
             return self._decide(x, None)
         sources = layer.reads_from.take(num_samples, layer.layer_name).candidates
         decisions, z = self._decide(x, sources)
+        if self.baked is None and layer.forced == (None, None):  # the gate has put it in
+            return decisions, z
         return [decision._replace(source=s) for decision, s in zip(decisions, sources, strict=True)], z
 
     def _decide(self, x: Value, sources: list[int] | None) -> tuple[list[Decision], Tensor | None]:

@@ -99,11 +99,11 @@ def test_gate(dtype, frames, channels, hidden):
     x = torch.randn(3, frames, 5, 7, channels, dtype=dtype)
     first = torch.randn(frames * channels, hidden), torch.randn(hidden)
     second = torch.randn(hidden, 4), torch.randn(4)
-    found = kernels.gate(x, first, second)
+    found = kernels.GateLayers(*first, *second)(x)
     pooled = x.float().flatten(2, 3).mean(2)
     wanted = torch.tanh(pooled.flatten(1) @ first[0] + first[1]) @ second[0] + second[1]
     assert torch.allclose(found, wanted, atol=1e-4)
-    assert torch.allclose(kernels.gate(x, first, second, pooled), wanted, atol=1e-4)
+    assert torch.allclose(kernels.GateLayers(*first, *second)(x, pooled), wanted, atol=1e-4)
 
 
 def test_rounding_to_bfloat16_is_pytorchs():

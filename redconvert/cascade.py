@@ -1,0 +1,194 @@
+"""Two passes where one is not enough: the reduced network answers, and where it is unsure the dense one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .cost import dense_macs
+from .deploy import deploy
+from .errors import RedconvertError
+from .evaluate import spread_of_macs
+from .inputs import call_with, device_of, each_batch, evaluating, move_to
+from .layers import disabled, dynamic_layers
+from .layers.routing import sample_rows, select
+
+__all__ = ["Cascade", "CascadeCost", "cascade", "margin"]
+
+
+def margin(scores: Tensor) -> Tensor:
+    """How sure scores ``(N, classes)`` are: the first class's probability less that of the second, ``(N)``."""
+    best = scores.float().softmax(1).topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
+
+
+@dataclass(frozen=True)
+class CascadeCost:
+    """What a `Cascade` costs on average, as shares of the dense network's multiply-adds.
+
+    Attributes:
+        mean: of all samples, ``little + asked_again * big``.
+        little: of the first pass; big: of the second.
+        asked_again: the share of the samples that take the second pass.
+        samples: how many were measured.
+    """
+
+    mean: float
+    little: float
+    big: float
+    asked_again: float
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean:.1%} of the dense MACs on average over {self.samples} samples: {self.little:.1%} for all, and "
+            f"{self.big:.1%} more for the {self.asked_again:.1%} that are asked again"
+        )
+
+
+class Cascade(nn.Module):
+    """``little(x)``, and for the samples of which it is unsure ``big(x)``. For inference; `cascade` makes one.
+
+    ``scores_n = little(x_n)`` where ``confidence(little(x_n)) >= threshold``, else ``big(x_n)``.
+
+    Args:
+        little: what `redconvert.convert` or `redconvert.deploy` returned, calibrated and under a budget.
+        big: what answers the others; None: ``little`` with every dynamic layer dense (`redconvert.disabled`), which
+            is the original network as long as its weights were not trained.
+        threshold: of the confidence: 0 never asks again, above 1 always does.
+        confidence: of class scores ``(N, classes)``, in [0, 1], ``(N)``.
+
+    Attributes:
+        cost: what `cascade` measured; None otherwise.
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        little: nn.Module,
+        big: nn.Module | None = None,
+        threshold: float = 0.5,
+        confidence: Callable[[Tensor], Tensor] = margin,
+        cost: CascadeCost | None = None,
+    ) -> None:
+        super().__init__()
+        dynamic_layers(little)
+        self.little, self.big, self.confidence, self.cost = little, big, confidence, cost
+        self.register_buffer("threshold", torch.tensor(float(threshold)))
+        self.eval()
+
+    def train(self, mode: bool = True) -> Cascade:
+        """Refused: train the networks in it."""
+        if mode:
+            raise RedconvertError("a cascade is for inference: train .little and .big, then make another cascade")
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        return f"threshold={float(self.threshold):.3g}, cost={self.cost}"
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The networks' own arguments; class scores ``(N, classes)``."""
+        scores = _scores(self.little(*args, **kwargs))
+        unsure = (self.confidence(scores) < self.threshold).nonzero().flatten()
+        if not len(unsure):
+            return scores
+        some = _samples((args, kwargs), unsure, len(scores)) if len(unsure) < len(scores) else (args, kwargs)
+        with disabled(self.little) if self.big is None else nullcontext():
+            answers = _scores((self.little if self.big is None else self.big)(*some[0], **some[1]))
+        return scores.index_copy(0, unsure, answers.to(scores.dtype))
+
+    def deployed(self, example_inputs: Any, **options: Any) -> Cascade:
+        """The same of `redconvert.deploy` of ``little``; a ``big`` of one's own stays as it is."""
+        fast = deploy(self.little, example_inputs, **options)
+        return Cascade(fast, self.big, float(self.threshold), self.confidence, self.cost)
+
+
+def cascade(
+    dynamic: nn.Module,
+    batches: Any,
+    budget: float,
+    *,
+    big: nn.Module | None = None,
+    confidence: Callable[[Tensor], Tensor] = margin,
+) -> Cascade:
+    """Ask again where the reduced network is unsure, as often as a budget allows. Nothing is trained.
+
+    Set a budget of the network itself first, well below this one: ``set_budget(dynamic, 0.5, batches)``, then
+    ``cascade(dynamic, batches, 0.65)`` lets 15 % of the samples have the dense network's answer.
+
+    Args:
+        dynamic: a converted network that takes its reduced candidates; it is not changed.
+        batches: unlabelled, and such that the network was not trained on: it is surer of what it has learnt. Can be
+            read several times.
+        budget: average multiply-adds of both passes together, as a share of the dense network's.
+        big: another network for the second pass, such as the original of a trained one; what it costs is counted.
+        confidence: see `Cascade`.
+
+    Raises:
+        RedconvertError: a budget that the first pass alone exceeds, no batches, outputs that are no class scores.
+    """
+    if isinstance(batches, Iterator):
+        raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
+    if not isinstance(budget, int | float) or not budget > 0:
+        raise RedconvertError(f"budget={budget!r} must be a positive share of the dense MACs")
+    dynamic_layers(dynamic)
+    found = spread_of_macs(dynamic, batches)
+    whole = float(found.dense.mean())
+    little, dense = found.mean / whole, 1.0
+    if big is not None:
+        first = move_to(next(each_batch(batches)), device_of(big))
+        dense = dense_macs(big, first).total / whole / _rows(first, big)
+    if budget < little:
+        raise RedconvertError(
+            f"budget={budget:g} is below what the first pass alone costs, {little:.4f} of the dense MACs: set a lower "
+            f"budget of the network first (redconvert.set_budget)"
+        )
+    share = min((budget - little) / dense, 1.0)
+    with evaluating(dynamic), torch.no_grad():
+        sure = torch.cat(
+            [
+                confidence(_scores(call_with(dynamic, move_to(batch, device_of(dynamic))))).double().cpu()
+                for batch in each_batch(batches)
+            ]
+        )
+    # The largest threshold below which no more than this share lies; nobody is surer than 1.
+    ordered = torch.cat([sure.sort().values, torch.tensor([2.0], dtype=torch.float64)])
+    threshold = float(ordered[int(share * len(sure) + 1e-9)])
+    again = float((sure < threshold).double().mean())
+    cost = CascadeCost(little + again * dense, little, dense, again, len(sure))
+    return Cascade(dynamic, big, threshold, confidence, cost)
+
+
+def _scores(outputs: Any) -> Tensor:
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or outputs.shape[1] < 2:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise RedconvertError(f"a cascade compares class scores (N, classes), and the network returns {shape}")
+    return outputs
+
+
+def _samples(inputs: Any, samples: Tensor, count: int) -> Any:
+    """These of ``count`` samples, of every tensor that holds a whole number of rows for each."""
+
+    def pick(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] % count:
+            return leaf
+        return select(leaf, 0, sample_rows(samples.to(leaf.device), leaf.shape[0] // count))
+
+    return tree_map(pick, inputs)
+
+
+def _rows(inputs: Any, model: nn.Module) -> int:
+    """How many samples a batch holds: as many as it has answers."""
+    with evaluating(model), torch.no_grad():
+        return len(_scores(call_with(model, inputs)))
