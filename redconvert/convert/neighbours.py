@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["output_convs", "reader", "shortcut"]
+__all__ = ["is_channelwise", "output_convs", "reader", "shortcut"]
 
 # Modules and functions that hand a prediction on without mixing channels: a convolution whose result
 # meets nothing else on its way out is the output layer.
@@ -30,10 +30,12 @@ _TRANSPARENT_NAMES = {
 # What treats each channel alone, so that missing ones are missed behind it and no sooner.
 _CHANNELWISE_MODULES = (
     *(nn.BatchNorm2d, nn.BatchNorm3d, nn.Identity, nn.modules.dropout._DropoutNd),
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Sigmoid, nn.Tanh),
-    *(nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardtanh, nn.Mish, nn.Sigmoid),
+    *(nn.Tanh, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d, nn.AvgPool3d),
 )
-_CHANNELWISE_NAMES = frozenset({"relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "mish"})
+_CHANNELWISE_NAMES = frozenset(
+    {"relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "hardtanh", "mish", "sigmoid", "tanh"}
+)
 _ADDITIONS = frozenset({"add", "add_", "iadd"})
 
 
@@ -48,7 +50,7 @@ def reader(conv: fx.Node, modules: dict[str, nn.Module], names: dict[Any, str]) 
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if module in names:
             return names[module]
-        if not (_is_channelwise(module) if module is not None else _calls_channelwise(node, before, dims)):
+        if not is_channelwise(node, before, module, dims):
             return None
     return None
 
@@ -78,12 +80,17 @@ def _asks_shape(node: fx.Node) -> bool:
     )
 
 
-def _is_channelwise(module: nn.Module) -> bool:
-    return isinstance(module, _CHANNELWISE_MODULES)
+def is_channelwise(node: fx.Node, of: fx.Node, module: nn.Module | None, dims: int) -> bool:
+    """Whether a node treats each channel of ``of`` alone, and reads no other tensor.
+
+    Args:
+        module: what the node calls; None where it is a function or a method.
+        dims: axes behind the channels.
+    """
+    return isinstance(module, _CHANNELWISE_MODULES) if module is not None else _calls_channelwise(node, of, dims)
 
 
 def _calls_channelwise(node: fx.Node, of: fx.Node, dims: int) -> bool:
-    """Whether a call treats each channel of ``of`` alone, and reads no other tensor."""
     if node.op not in ("call_function", "call_method") or node.args[:1] != (of,):
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
+from ..convert.neighbours import is_channelwise
 from ..layers import DynamicConv
 from ..layers.absorb import Handover
 from ..layers.routing import select
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from .unit import Unit
 
 __all__ = ["absorbed_filter", "kept_alone", "link_units", "masked_means", "tell_who_hands_over"]
-
-# What treats every element alone or pools channel by channel, whatever the number of channels.
-_MODULES = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh),
-    *(nn.Identity, nn.modules.dropout._DropoutNd, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool2d, nn.AvgPool3d),
-)
-_CALLS = frozenset(
-    {F.relu, F.relu_, torch.relu, F.silu, F.hardswish, torch.sigmoid, torch.tanh, "relu", "relu_", "sigmoid", "tanh"}
-)
 
 
 def absorbed_filter(layer: DynamicConv, filter: Filter, source: int) -> Filter:
@@ -79,18 +70,14 @@ def tell_who_hands_over(graph: fx.Graph, units: dict[str, Unit], modules: dict[s
 
 
 def _reaches(node: fx.Node, reader: Unit, units: dict[str, Unit], modules: dict[str, nn.Module]) -> bool:
+    dims = 3 if isinstance(reader.layer, nn.Conv3d) else 2
     while len(node.users) == 1:
-        node = next(iter(node.users))
+        before, node = node, next(iter(node.users))
         if node.op == "call_module" and str(node.target) in units:
             return units[str(node.target)] is reader
-        if not _passes(node, modules):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if module is not None and (module._forward_hooks or module._forward_pre_hooks or module.state_dict()):
+            return False  # a hook would see how many channels there are, and what has weights has one for each
+        if not (isinstance(module, Pool) or is_channelwise(node, before, module, dims)):
             return False
     return False
-
-
-def _passes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        module = modules.get(str(node.target))
-        watched = module is None or module._forward_hooks or module._forward_pre_hooks
-        return not watched and (type(module) in _MODULES or isinstance(module, Pool))
-    return node.op in ("call_function", "call_method") and node.target in _CALLS
