@@ -38,7 +38,7 @@ format: $(VENV)/.ready-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# make bench    the figures of the README, written to benchmarks/results/
+# make bench    the quick figures of docs/results.md, written to benchmarks/results/
 bench: $(VENV)/.ready-test
 	$(BIN)/python benchmarks/training_cost.py
 	$(BIN)/python benchmarks/conversion.py

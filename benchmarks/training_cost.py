@@ -1,6 +1,6 @@
 """Training step of a dynamic network against the dense one: time and peak memory.
 
-    python benchmarks/training_cost.py                      # the setting of the README
+    python benchmarks/training_cost.py                      # the setting of docs/results.md
     python benchmarks/training_cost.py --steps 3 --size 56  # quick
 
 R(2+1)D-18 on random clips, SGD with momentum. Time: all networks in turn in one process (A B C A B C ...),
