@@ -39,7 +39,8 @@ def resting_gates(model: nn.Module) -> Iterator[nn.Module]:
     """In training, let the gates decide and not learn: a step then costs what the decisions leave to compute.
 
     A gate learns from what every candidate would have given, so all of them are computed; here only those that are
-    taken. Put it around the forward and the backward pass of most steps, and let gates learn in every few alone.
+    taken. Put it around the forward and the backward pass of most steps, and let gates learn in every few alone. A
+    compiled network computes everything all the same.
     """
     with _attributes(dynamic_layers(model).values(), learns=False):
         yield model

@@ -35,6 +35,8 @@ def run_static(layer: DynamicConv, x: Tensor) -> Tensor:
     pooled = pooled_static(layer, x)
     if layer.training or layer.config.gate == "soft":
         weights = layer._weights(x, pooled)
+        if layer.training and not layer.learns:
+            weights = GateWeights(*(each.detach() for each in weights))
         if layer.hands_to is not None:
             layer.hands_to.static = weights.channel, weights.channel
         return mixed(layer, x, weights)

@@ -105,6 +105,22 @@ def test_gates_decide_and_get_no_gradient():
     assert model.a.learns and "learns" not in vars(model.a)
 
 
+def test_compiled():
+    """Nothing is saved there, but gates get no gradient, and the others the same."""
+    model, x = network(2, search_space=3, temporal=False)
+    with torch.no_grad():
+        for layer in (model.a, model.b):
+            layer.gate.beta.copy_(torch.tensor([-1.0, 1.0, -1.0]))
+    with redconvert.resting_gates(model):
+        _, wanted, _ = step(model, x)
+        x.requires_grad_()
+        torch.compile(model, backend="eager", fullgraph=True)(x).square().sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert not [name for name in gradients if ".gate." in name]
+    for name in ("a.weight", "b.weight", "b.cheap_in.weights.0", "norm.weight"):
+        assert torch.allclose(gradients[name], wanted[name], atol=1e-9), name
+
+
 def flops(model, x):
     with FlopCounterMode(display=False) as counter:
         model(x).square().sum().backward()
