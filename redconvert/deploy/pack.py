@@ -19,6 +19,8 @@ __all__ = ["Filter", "PackedConv", "channels_last", "from_rows", "to_rows"]
 FORM_NAMES = ("conv", "frames", "line", "rows", "channels")
 AVAILABLE = torch.backends.mkldnn.is_available()
 PACKED_TYPES = (torch.float32, torch.bfloat16)
+# Without AVX-512 oneDNN refuses bfloat16, and PyTorch's own convolution takes a hundred times as long as in float32.
+BFLOAT16 = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 TRIALS = 3
 SHAPES = 4  # of the input for which a convolution keeps its packed weights
 
@@ -67,12 +69,15 @@ class PackedConv:
     - ``line``: kt x 1 x 1, as a 2D convolution over an image of T rows and H*W columns.
     - ``rows``: 1 x 1 x 1, as a product of matrices.
     - ``channels``: one filter per channel, in C.
+
+    On a CPU that does not multiply in bfloat16 such weights and clips are widened, and the result rounded.
     """
 
     filter: Filter
     form: str | None = None  # None: to be timed
     images: bool = False  # the clips are images: 2D kernels do as well or better
     _packed: dict[tuple[str, torch.Size], Tensor] = field(default_factory=dict, repr=False)
+    _wide: PackedConv | None = field(default=None, repr=False)
 
     def __call__(
         self,
@@ -149,6 +154,8 @@ class PackedConv:
             y = self._run(form, x, residual, activation, overwrite)
             pool_into(means, to_rows(y))
             return y
+        if x.dtype == torch.bfloat16 and not BFLOAT16:
+            return self._run_wide(form, x, residual, activation)
         if form == "rows":
             return self._run_rows(x, residual, activation)
         f = self.filter
@@ -171,6 +178,12 @@ class PackedConv:
         else:
             y = operators._convolution_pointwise.binary(image, other, packed, f.bias, *geometry, *sum_and_act)
         return _as_clips(form, y, x)
+
+    def _run_wide(self, form: str, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        if self._wide is None:
+            self._wide = PackedConv(self.filter.to(torch.float32), form, self.images)
+        other = None if residual is None else residual.float()
+        return self._wide._run(form, x.float(), other, activation, overwrite=True).to(x.dtype)
 
     def _run_rows(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         f, rows = self.filter, _as_rows(x)
