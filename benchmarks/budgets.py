@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import accuracy, images, resnet56
+from cifar import ABSORBED, accuracy, convert, images, resnet56
 from common import RESULTS, environment, write
 from torch import Tensor, nn
 
@@ -45,15 +45,11 @@ def main() -> None:
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
     result |= {"what": __doc__.split("\n")[0], "images": arguments.images, "test_images": arguments.test_images}
     result.setdefault("dense_accuracy", accuracy(model, *test))
-    rules = [("*shortcut*", None), ("*", {"temporal": False, "cheap": "pointwise", "search_space": 3})]
-    layers = redconvert.convert(model, redconvert.ConvertConfig(rules=rules), example_inputs=batches[0][:1])
+    layers = convert(model, cheap="pointwise", search_space=3)
     redconvert.calibrate(layers, batches)
     inputs = copy.deepcopy(layers)
     calibrate_gates(inputs, batches)
-    shares = ("*", {"temporal": False, "cheap": "pointwise", "shares": (0.75, 0.5, 0.25), "absorb": True})
-    absorbed = redconvert.convert(
-        model, redconvert.ConvertConfig(rules=[rules[0], shares]), example_inputs=batches[0][:1]
-    )
+    absorbed = convert(model, **ABSORBED)
     redconvert.calibrate(absorbed, batches)
     networks = {"layers": (layers, "layers"), "inputs": (inputs, "gates"), "absorbed": (absorbed, "layers")}
     for budget in arguments.budgets:

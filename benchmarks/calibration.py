@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from cifar import accuracy, images, resnet56
+from cifar import accuracy, convert, images, resnet56
 from common import RESULTS, environment, write
 
 import redconvert
@@ -66,8 +66,7 @@ def main() -> None:
     for name, (cheap, count, rounds, match) in ROWS.items():
         if name in result["rows"]:
             continue
-        config = redconvert.ConvertConfig(rules=[("*shortcut*", None), ("*", {"cheap": cheap, "temporal": False})])
-        dynamic = redconvert.convert(model, config, example_inputs=test[:1])
+        dynamic = convert(model, cheap=cheap)
         row: dict[str, float] = {}
         if rounds is not None:
             batches = list(train[chosen[:count]].split(100))

@@ -15,16 +15,13 @@ import argparse
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from cifar import accuracy, images, resnet56
+from cifar import ABSORBED, accuracy, asking_again, convert, images, resnet56
 from common import RESULTS, environment, write
 from plots import cascades_against_macs
-from torch import Tensor, nn
 
 import redconvert
-from redconvert.evaluate import spread_of_macs
 
 HELD_OUT = 1000
 
@@ -46,47 +43,23 @@ def main() -> None:
     train, _ = images(arguments.data, "train")
     batches = list(train[torch.randperm(len(train))[: arguments.images]].split(100))
     pixels, labels = images(arguments.data, "test")
-    test, held_out = (pixels[: arguments.test_images], labels[: arguments.test_images]), pixels[-HELD_OUT:].split(100)
+    test = pixels[: arguments.test_images], labels[: arguments.test_images]
+    held_out = list(pixels[-HELD_OUT:].split(100))
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"first": {}}
     result |= {"what": __doc__.split("\n")[0], "images": arguments.images, "test_images": arguments.test_images}
     result.setdefault("dense_accuracy", accuracy(model, *test))
-    rules = [
-        ("*shortcut*", None),
-        ("*", {"temporal": False, "cheap": "pointwise", "shares": (0.75, 0.5, 0.25), "absorb": True}),
-    ]
-    dynamic = redconvert.convert(model, redconvert.ConvertConfig(rules=rules), example_inputs=batches[0][:1])
+    dynamic = convert(model, **ABSORBED)
     redconvert.calibrate(dynamic, batches)
     for first in arguments.first:
         if str(first) not in result["first"]:
             little = copy.deepcopy(dynamic)
             redconvert.set_budget(little, first, batches[:2])
             redconvert.calibrate(little, batches, decisions="gates")
-            result["first"][str(first)] = row = run(little, list(held_out), test, arguments.total)
+            result["first"][str(first)] = row = asking_again(little, held_out, test, arguments.total)
             write(result | environment(arguments.seed), arguments.out)
             print(first, json.dumps(row), flush=True)
     if arguments.plot:
         cascades_against_macs(result, arguments.plot)
-
-
-def run(little: nn.Module, held_out: list[Tensor], test: tuple[Tensor, Tensor], totals: list[float]) -> dict[str, Any]:
-    """The first pass alone, and with each total budget; costs of the test images as shares of the dense MACs."""
-    spread = spread_of_macs(little, list(test[0][:500].split(100)))
-    alone = spread.mean / float(spread.dense.mean())
-    row: dict[str, Any] = {"alone": {"accuracy": accuracy(little, *test), "share_of_dense_macs": round(alone, 4)}}
-    for total in totals:
-        if total <= alone:
-            continue
-        both = redconvert.cascade(little, held_out, total)
-        with torch.no_grad():
-            again = torch.cat([both.confidence(little(x)) < both.threshold for x in test[0].split(500)])
-        asked = float(again.double().mean())
-        row[str(total)] = {
-            "accuracy": accuracy(both, *test),
-            "share_of_dense_macs": round(alone + asked, 4),
-            "asked_again": round(asked, 4),
-            "threshold": round(float(both.threshold), 4),
-        }
-    return row
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Fetch both once into a folder of your own:
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+
+import redconvert
+from redconvert.cascade import margin
+from redconvert.evaluate import spread_of_macs
 
 
 class BasicBlock(nn.Module):
@@ -70,6 +75,16 @@ def images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return pixels.float() / 255, torch.tensor(labels).flatten()
 
 
+# Channels that are left out where one convolution alone reads them, and else rebuilt: full, 3/4, half or 1/4.
+ABSORBED = {"cheap": "pointwise", "shares": (0.75, 0.5, 0.25), "absorb": True}
+
+
+def convert(model: nn.Module, **config: Any) -> nn.Module:
+    """A dynamic copy that decides about channels alone; 1x1 shortcuts stay dense."""
+    rules = [("*shortcut*", None), ("*", {"temporal": False, **config})]
+    return redconvert.convert(model, redconvert.ConvertConfig(rules=rules), example_inputs=torch.zeros(1, 3, 32, 32))
+
+
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
     """Images that come a whole batch at a time, each padded by 4, cropped to its size and flipped at random.
 
@@ -120,3 +135,37 @@ def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
         right = [(model(x).argmax(1) == y).sum() for x, y in zip(pixels.split(500), labels.split(500), strict=True)]
     return float(sum(right)) / len(labels)
+
+
+def asking_again(
+    little: nn.Module,
+    held_out: list[Tensor],
+    test: tuple[Tensor, Tensor],
+    totals: Sequence[float],
+    big: nn.Module | None = None,
+) -> dict[str, Any]:
+    """The first pass alone, and `redconvert.cascade` at each total budget that it leaves room for.
+
+    Args:
+        held_out: batches without labels that choose the thresholds; not the test images.
+        totals: shares of the dense multiply-adds; so are the costs, which are those of the test images.
+        big: what is asked again; None: the network itself, dense.
+    """
+    pixels, _ = test
+    spread = spread_of_macs(little, list(pixels[:500].split(100)))
+    alone = spread.mean / float(spread.dense.mean())
+    row: dict[str, Any] = {"alone": {"accuracy": accuracy(little, *test), "share_of_dense_macs": round(alone, 4)}}
+    with torch.no_grad():
+        sure = torch.cat([margin(little(x)) for x in pixels.split(500)])
+    for total in totals:
+        if total <= alone:
+            continue
+        both = redconvert.cascade(little, held_out, total, big=big)
+        asked = float((sure < both.threshold).double().mean())
+        row[str(total)] = {
+            "accuracy": accuracy(both, *test),
+            "share_of_dense_macs": round(alone + asked, 4),
+            "asked_again": round(asked, 4),
+            "threshold": round(float(both.threshold), 4),
+        }
+    return row

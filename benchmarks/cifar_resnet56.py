@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import accuracy, batches, images, resnet56, vgg16_bn
+from cifar import ABSORBED, accuracy, asking_again, batches, convert, images, resnet56, vgg16_bn
 from common import RESULTS, environment, write
 from torch import nn
 from training import train
@@ -35,6 +35,9 @@ from redconvert.evaluate import spread_of_macs
 
 NETWORKS = {"resnet56": resnet56, "vgg16_bn": vgg16_bn}
 CALIBRATION_IMAGES = 1000
+BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere it is slower by far than float32
+HELD_OUT = 1000
+TOTALS = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # of a trained network and the original, asked where it is unsure
 
 
 @dataclass
@@ -78,8 +81,8 @@ def dynamic(setting: Setting, target: float, gate: str = "hard") -> Candidate:
 
 
 def absorbed(setting: Setting, target: float) -> Candidate:
-    """Channels that are left out where one convolution alone reads them, and else rebuilt: full, 3/4, half or 1/4."""
-    network = setting.convert(cheap="pointwise", shares=(0.75, 0.5, 0.25), absorb=True)
+    """Full, 3/4, half or 1/4 of the channels, absorbed where one convolution alone reads them."""
+    network = setting.convert(**ABSORBED)
     redconvert.calibrate(network, setting.calibration)
     redconvert.set_budget(network, target, setting.calibration[:3])
     redconvert.calibrate(network, setting.calibration, decisions="gates")
@@ -99,6 +102,7 @@ ROWS: dict[str, Callable[[Setting], Candidate]] = {
     "dynamic soft 0.5": partial(dynamic, target=0.5, gate="soft"),
     "dynamic absorbed 0.5": partial(absorbed, target=0.5),
     "dynamic absorbed 0.4": partial(absorbed, target=0.4),
+    "dynamic absorbed 0.35": partial(absorbed, target=0.35),
     "depgraph 0.5": partial(pruned, share=0.5, method="depgraph"),
     "depgraph_uniform 0.5": partial(pruned, share=0.5, method="depgraph_uniform"),
     "magnitude 0.5": partial(pruned, share=0.5, method="magnitude"),
@@ -116,34 +120,36 @@ class Setting:
         self.train = images(arguments.data, "train")
         pixels, labels = images(arguments.data, "test")
         self.test = pixels[: arguments.test_images], labels[: arguments.test_images]
+        # What asks again is told how unsure is too unsure by the last images, without their labels.
+        few = min(arguments.test_images, len(pixels) - HELD_OUT)
+        self.held_out = list(pixels[-HELD_OUT:].split(100)), (pixels[:few], labels[:few])
         chosen = torch.randperm(len(self.train[0]), generator=torch.Generator().manual_seed(seed))
         self.calibration = list(self.train[0][chosen[:CALIBRATION_IMAGES]].split(100))
 
     def convert(self, **config: Any) -> nn.Module:
-        """1x1 shortcuts stay dense."""
-        rules = [("*shortcut*", None), ("*", {"temporal": False, **config})]
-        return redconvert.convert(
-            self.original, redconvert.ConvertConfig(rules=rules), example_inputs=self.train[0][:1]
-        )
+        return convert(self.original, **config)
 
 
 # -- one row -------------------------------------------------------------------------------------------
 
 
-def run(setting: Setting, make: Callable[[Setting], Candidate]) -> dict[str, Any]:
+def run(setting: Setting, name: str) -> dict[str, Any]:
     """Make a network, train it, and say how good and how expensive it is before and after."""
     begin = time.perf_counter()
     torch.manual_seed(setting.seed)
-    candidate = make(setting)
+    candidate = ROWS[name](setting)
     model = candidate.model
     with candidate.running():
         quick = setting.arguments.quick_images
-        row: dict[str, Any] = {"start": measure(model, setting, quick)}
+        row: dict[str, Any] = {"bfloat16": BFLOAT16, "start": measure(model, setting, quick)}
         row["prepared_s"] = round(time.perf_counter() - begin, 1)
         row["epochs"] = train_row(candidate, setting)
         row["end"] = measure(model, setting)
     if candidate.target is not None:
         row["spread"] = spread(model, setting)
+        row["asking_again"] = asking_again(model, *setting.held_out, TOTALS, setting.original)
+        if setting.arguments.save:
+            redconvert.save_pretrained(model, setting.arguments.save / f"{name} {setting.seed}".replace(" ", "-"))
         row["curve"] = {}
         for budget in (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8):
             try:
@@ -167,7 +173,7 @@ def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
         teacher=copy.deepcopy(setting.original).to(memory_format=torch.channels_last),
         weight=arguments.efficiency if candidate.target is not None else 0.0,
         target=candidate.target,
-        bfloat16=True,
+        bfloat16=BFLOAT16,
         gate_every=arguments.gate_every,
     )
 
@@ -212,6 +218,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--quick-images", type=int, default=2000, help="test images before training and on curves")
     parser.add_argument("--cost-images", type=int, default=1000, help="test images whose MACs are counted")
+    parser.add_argument("--save", type=Path, help="keep trained dynamic networks in this folder")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="picture of all rows in the JSON")
     return parser.parse_args()
@@ -227,13 +234,13 @@ def main() -> None:
         result = {"what": __doc__.split("\n")[0], "schedule": schedule, "rows": {}}
     for seed in arguments.seeds:
         setting = None
-        for name, make in ROWS.items():
+        for name in ROWS:
             done = result["rows"].setdefault(name, {})
             if str(seed) in done or not any(name.startswith(wanted) for wanted in arguments.rows):
                 continue
             setting = setting or Setting(arguments, seed)
             result.setdefault("original", {"accuracy": accuracy(setting.original, *setting.test)})
-            done[str(seed)] = run(setting, make)
+            done[str(seed)] = run(setting, name)
             result |= environment(seed) | {"summary": summary(result["rows"])}
             write(result, out)
             print(f"{name:<34} seed {seed}: {json.dumps(done[str(seed)]['end'])}", flush=True)

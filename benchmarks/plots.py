@@ -33,8 +33,7 @@ def accuracy_against_macs(result: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{schedule['network']}, {schedule['epochs']} epochs of {schedule['images']:,} images", loc="left")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def agreement_against_macs(result: dict[str, Any], path: Path) -> None:
@@ -49,8 +48,7 @@ def agreement_against_macs(result: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="executed MACs, % of the dense network's", ylabel="same top-1 answer as the dense network, %")
     axes.set_title(f"I3D without training, {result['clips']} J-HMDB test clips", loc="left", fontsize=10)
     axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def cascades_against_macs(result: dict[str, Any], path: Path) -> None:
@@ -79,5 +77,9 @@ def cascades_against_macs(result: dict[str, Any], path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

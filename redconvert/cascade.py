@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .cost import dense_macs
+from .cost.measure import MacsMeter
 from .deploy import deploy
 from .errors import RedconvertError
-from .evaluate import spread_of_macs
 from .inputs import call_with, device_of, each_batch, evaluating, move_to
 from .layers import disabled, dynamic_layers
 from .layers.routing import sample_rows, select
@@ -142,10 +143,13 @@ def cascade(
         raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
     if not isinstance(budget, int | float) or not budget > 0:
         raise RedconvertError(f"budget={budget!r} must be a positive share of the dense MACs")
-    dynamic_layers(dynamic)
-    found = spread_of_macs(dynamic, batches)
-    whole = float(found.dense.mean())
-    little, dense = found.mean / whole, 1.0
+    meter, parts = MacsMeter(dynamic, dynamic_layers(dynamic)), []
+    with evaluating(dynamic):
+        for batch in each_batch(batches):
+            parts.append(confidence(_scores(meter.run(move_to(batch, device_of(dynamic))))).double().cpu())
+    sure = torch.cat(parts)
+    whole = statistics.mean(meter.dense)
+    little, dense = statistics.mean(meter.executed) / whole, 1.0
     if big is not None:
         first = move_to(next(each_batch(batches)), device_of(big))
         dense = dense_macs(big, first).total / whole / _rows(first, big)
@@ -155,13 +159,6 @@ def cascade(
             f"budget of the network first (redconvert.set_budget)"
         )
     share = min((budget - little) / dense, 1.0)
-    with evaluating(dynamic), torch.no_grad():
-        sure = torch.cat(
-            [
-                confidence(_scores(call_with(dynamic, move_to(batch, device_of(dynamic))))).double().cpu()
-                for batch in each_batch(batches)
-            ]
-        )
     # The largest threshold below which no more than this share lies; nobody is surer than 1.
     ordered = torch.cat([sure.sort().values, torch.tensor([2.0], dtype=torch.float64)])
     threshold = float(ordered[int(share * len(sure) + 1e-9)])
@@ -190,5 +187,5 @@ def _samples(inputs: Any, samples: Tensor, count: int) -> Any:
 
 def _rows(inputs: Any, model: nn.Module) -> int:
     """How many samples a batch holds: as many as it has answers."""
-    with evaluating(model), torch.no_grad():
+    with evaluating(model):
         return len(_scores(call_with(model, inputs)))

@@ -9,6 +9,7 @@ from torch import nn
 import redconvert
 from redconvert import Cascade, RedconvertError, cascade
 from redconvert.cascade import margin
+from redconvert.evaluate import spread_of_macs
 
 
 class Net(nn.Module):
@@ -63,7 +64,7 @@ def test_who_is_asked_again():
 
 def test_cost_by_hand():
     model, dynamic, x = network()
-    spread = redconvert.evaluate.spread_of_macs(dynamic, [x])
+    spread = spread_of_macs(dynamic, [x])
     little = spread.mean / float(spread.dense.mean())
     for budget in (little, 0.8, 0.9, little + 1, 5.0):
         found = cascade(dynamic, [x[:10], x[10:]], budget)

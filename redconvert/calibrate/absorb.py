@@ -217,7 +217,7 @@ def _ridge(sums: Tensor, start: Tensor, strength: float) -> Tensor:
     size = start.shape[1]
     if math.isinf(strength):
         return start
-    within, across = (part / sums[size - 1, size - 1] for part in (sums[:size], sums[size:]))
+    within, across = _averages(sums, size)
     damping = (strength * within.diagonal()[:-1].mean()).expand(size).clone()
     damping[-1] = torch.finfo(torch.float32).tiny
     factor, failed = torch.linalg.cholesky_ex(within + damping.diag())
@@ -226,10 +226,15 @@ def _ridge(sums: Tensor, start: Tensor, strength: float) -> Tensor:
     return torch.cholesky_solve((across + start * damping).T, factor).T
 
 
+def _averages(sums: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Mean products of the P predictors with each other ``(P, P)``, and of the targets with them ``(C_out, P)``."""
+    count = sums[size - 1, size - 1]  # of the constant with itself
+    return sums[:size] / count, sums[size:] / count
+
+
 def _error(sums: Tensor, solution: Tensor) -> float:
     """Of what ``sums`` was taken of: its mean squared error, less a constant."""
-    size = solution.shape[1]
-    within, across = (part / sums[size - 1, size - 1] for part in (sums[:size], sums[size:]))
+    within, across = _averages(sums, solution.shape[1])
     return float(((solution @ within - 2 * across) * solution).sum())
 
 

@@ -74,7 +74,8 @@ def calibrate(
         importance: what errors of the channels cost when they are chosen. "answers": what they do to the outputs,
             from one backward pass per batch, for which the activations of a batch must fit into memory. "norms":
             ``(norm weight)^2 / variance`` of the norm that follows, without gradients.
-        ridge: of the regressions, relative to the mean variance of the predictors.
+        ridge: of the regressions, relative to the mean variance of the predictors; of those on patches the least that
+            is tried.
         progress: show a bar on stderr (needs rich).
 
     Returns:

@@ -56,20 +56,21 @@ class MacsMeter:
         self.uncounted: tuple[str, ...] = ()
         self._networks: dict[Any, float] = {}  # dense MACs per sample, by the shapes of one sample
 
-    def run(self, batch: Any) -> None:
-        """Count one batch. Call it in ``eval()``, without gradients."""
+    def run(self, batch: Any) -> Any:
+        """Count one batch, and return the network's outputs. Call it in ``eval()``, without gradients."""
         calls: dict[str, list[Observation]] = {}
 
         def listen(layer: DynamicConv, observation: Observation) -> None:
             calls.setdefault(self.names[id(layer)], []).append(observation)
 
         with observed(self.model, listen):
-            call_with(self.model, batch)
+            outputs = call_with(self.model, batch)
         first = next(iter(calls.values()), None)
         num_samples = count_samples(batch, first[0] if first else None)
         for name in self.layers:
             self._record(name, calls.get(name, []), num_samples)
         self._add_network(batch, num_samples)
+        return outputs
 
     def _record(self, name: str, observations: list[Observation], num_samples: int) -> None:
         layer, record = self.layers[name], self.records[name]

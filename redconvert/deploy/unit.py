@@ -186,25 +186,19 @@ class Unit(nn.Module):
         layer, num_samples = self.layer, x.shape[0]
         if self.gate is None or not layer.enabled:
             return [FULL] * num_samples, None
-        if layer.reads_from is None:
-            return self._decide(x, None)
-        sources = layer.reads_from.take(num_samples, layer.layer_name).candidates
-        decisions, z = self._decide(x, sources)
-        if self.baked is None and layer.forced == (None, None):  # the gate has put it in
-            return decisions, z
-        return [decision._replace(source=s) for decision, s in zip(decisions, sources, strict=True)], z
-
-    def _decide(self, x: Value, sources: list[int] | None) -> tuple[list[Decision], Tensor | None]:
-        """``sources``: which candidate of the layer that is read each sample has."""
-        layer, num_samples = self.layer, x.shape[0]
-        assert self.gate is not None
+        sources = None if layer.reads_from is None else layer.reads_from.take(num_samples, layer.layer_name).candidates
+        given = sources or [0] * num_samples
         if layer.forced == (None, None):
-            return self.gate(x, sources) if self.baked is None else ([self.baked] * num_samples, None)
+            if self.baked is None:
+                return self.gate(x, sources)
+            return [self.baked._replace(source=source) for source in given], None
         axes = self._forced(num_samples)
         asked = self.batch.always_ask or any(index is None for axis in axes for index in axis)
         gated, z = self.gate(x, sources) if asked else ([FULL] * num_samples, None)
-        rows = zip(gated, *axes, strict=True)
-        return [Decision(g.channel if i is None else i, g.temporal if j is None else j) for g, i, j in rows], z
+        return [
+            Decision(g.channel if i is None else i, g.temporal if j is None else j, False, source)
+            for g, i, j, source in zip(gated, *axes, given, strict=True)
+        ], z
 
     def _forced(self, num_samples: int) -> list[list[int | None]]:
         """What `redconvert.forced` asks of these samples, on the channel and the temporal axis."""

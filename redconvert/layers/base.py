@@ -23,7 +23,7 @@ from .masked import pool
 from .recipes import Recipe, recipe_of
 from .routing import FULL, Decision, decide, group_samples, route, sample_rows, select
 from .static import run_static
-from .training import convolve_learning, run_masked, run_resting
+from .training import convolve_learning, resting, run_masked
 
 __all__ = ["DynamicConv", "Observation"]
 
@@ -184,13 +184,12 @@ class DynamicConv(nn.Module):
             decisions = [d._replace(source=i) for d, i in zip(decisions, source.candidates, strict=True)]
         if self.hands_to is not None:
             self.hands_to.source = Source(weights.channel, [decision.channel for decision in decisions])
-        if rests:
-            out = run_resting(self, input, weights, decisions)
-        elif self.training:
+        if self.training and not rests:
             out = run_masked(self, input, source, weights, decisions)
         else:
-            groups = group_samples(decisions)
-            out = route(groups, lambda decision, n: self.sparse(input, weights, decision, n), input)
+            computed, learned = resting(self, decisions) if rests else (decisions, 0)
+            groups = group_samples(computed)
+            out = route(groups, lambda decision, n: self._sparse(input, weights, decision, n, learned), input)
         seen = Observation(input.shape, out.shape, weights, decisions, source and source.weights)
         for observer in self.observers:
             observer(self, seen)
@@ -251,7 +250,7 @@ class DynamicConv(nn.Module):
         free = torch.tensor([i is None for i in per_sample], device=x.device)
         return torch.where(free[:, None], gated, rows)
 
-    def sparse(
+    def _sparse(
         self, x: Tensor, weights: GateWeights, decision: Decision, samples: Tensor | None, learned: int = 0
     ) -> Tensor:
         """Compute only what ``decision`` asks for, for these samples (None: all)."""

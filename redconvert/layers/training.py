@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from .absorb import Source, read_dense
 from .gate import GateWeights, matching
 from .masked import CheckpointedMix
-from .routing import Decision, group_samples, route, select
+from .routing import Decision, select
 
 if TYPE_CHECKING:
     from .base import DynamicConv
 
-__all__ = ["convolve_learning", "run_masked", "run_resting"]
+__all__ = ["convolve_learning", "resting", "run_masked"]
 
 
 def run_masked(
@@ -40,17 +40,15 @@ def run_masked(
     return CheckpointedMix.apply(layer, own, y, *weights, *layer.cheap_parameters())
 
 
-def run_resting(layer: DynamicConv, x: Tensor, weights: GateWeights, decisions: list[Decision]) -> Tensor:
-    """What inference returns, computed as inference does.
+def resting(layer: DynamicConv, decisions: list[Decision]) -> tuple[list[Decision], int]:
+    """What to compute, and the candidate whose channels alone get gradients (0: all), while gates rest.
 
-    Only a layer that hands over computes all of its channels, for the statistics of the norm behind it; those that
-    nobody reads get no gradient and cost no backward pass.
+    That is what inference computes. Only a layer that hands over computes all of its channels, for the statistics of
+    the norm behind it; those that nobody reads get no gradient and cost no backward pass.
     """
-    learned = 0
-    if layer.hands_to is not None:
-        learned = _learned(layer, decisions)
-        decisions = [d._replace(channel=0) for d in decisions]
-    return route(group_samples(decisions), lambda decision, n: layer.sparse(x, weights, decision, n, learned), x)
+    if layer.hands_to is None:
+        return decisions, 0
+    return [d._replace(channel=0) for d in decisions], _learned(layer, decisions)
 
 
 def _learned(layer: DynamicConv, decisions: list[Decision]) -> int:
