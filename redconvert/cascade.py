@@ -17,7 +17,8 @@ from .cost.measure import MacsMeter
 from .deploy import deploy
 from .errors import RedconvertError
 from .inputs import call_with, device_of, each_batch, evaluating, move_to
-from .layers import disabled, dynamic_layers
+from .layers import dynamic_layers
+from .layers.modes import attributes
 from .layers.routing import sample_rows, select
 
 __all__ = ["Cascade", "CascadeCost", "cascade", "margin"]
@@ -59,7 +60,8 @@ class CascadeCost:
 class Cascade(nn.Module):
     """``little(x)``, and for the samples of which it is unsure ``big(x)``. For inference; `cascade` makes one.
 
-    ``scores_n = little(x_n)`` where ``confidence(little(x_n)) >= threshold``, else ``big(x_n)``.
+    ``scores_n = little(x_n)`` where ``confidence(little(x_n)) >= threshold``, else ``big(x_n)``. `redconvert.report`
+    and `redconvert.evaluate.spread_of_macs` count both passes; within `redconvert.disabled` it is ``little``, dense.
 
     Args:
         little: what `redconvert.convert` or `redconvert.deploy` returned, calibrated and under a budget.
@@ -70,9 +72,11 @@ class Cascade(nn.Module):
 
     Attributes:
         cost: what `cascade` measured; None otherwise.
+        asked_again: which samples of the last batch took the second pass, their indices; None before the first.
     """
 
     threshold: Tensor
+    asked_again: Tensor | None = None
 
     def __init__(
         self,
@@ -83,7 +87,7 @@ class Cascade(nn.Module):
         cost: CascadeCost | None = None,
     ) -> None:
         super().__init__()
-        dynamic_layers(little)
+        self._layers = tuple(dynamic_layers(little).values())  # in a tuple: they are in `little` already
         self.little, self.big, self.confidence, self.cost = little, big, confidence, cost
         self.register_buffer("threshold", torch.tensor(float(threshold)))
         self.eval()
@@ -102,12 +106,21 @@ class Cascade(nn.Module):
         """The networks' own arguments; class scores ``(N, classes)``."""
         scores = _scores(self.little(*args, **kwargs))
         unsure = (self.confidence(scores) < self.threshold).nonzero().flatten()
+        if not any(layer.enabled for layer in self._layers):
+            unsure = unsure[:0]
+        self.asked_again = unsure
         if not len(unsure):
             return scores
         some = _samples((args, kwargs), unsure, len(scores)) if len(unsure) < len(scores) else (args, kwargs)
-        with disabled(self.little) if self.big is None else nullcontext():
+        # Observers are told of the first pass alone, in which every sample takes part.
+        with attributes(self._layers, enabled=False, observers=()) if self.big is None else nullcontext():
             answers = _scores((self.little if self.big is None else self.big)(*some[0], **some[1]))
         return scores.index_copy(0, unsure, answers.to(scores.dtype))
+
+    def stand_in(self, layer: nn.Module) -> nn.Module:
+        """What runs in place of a layer: of a deployed ``little`` another module, for whoever times it."""
+        found = getattr(self.little, "stand_in", None)
+        return layer if found is None else found(layer)
 
     def deployed(self, example_inputs: Any, **options: Any) -> Cascade:
         """The same of `redconvert.deploy` of ``little``; a ``big`` of one's own stays as it is."""

@@ -65,10 +65,11 @@ def test_who_is_asked_again():
 def test_cost_by_hand():
     model, dynamic, x = network()
     spread = spread_of_macs(dynamic, [x])
-    little = spread.mean / float(spread.dense.mean())
+    little, batches = spread.mean / float(spread.dense.mean()), [x[:10], x[10:]]
+    sure = torch.cat([margin(dynamic(batch)) for batch in batches])  # of larger batches the last digits may differ
     for budget in (little, 0.8, 0.9, little + 1, 5.0):
-        found = cascade(dynamic, [x[:10], x[10:]], budget)
-        again = int((margin(dynamic(x)) < found.threshold).sum())
+        found = cascade(dynamic, batches, budget)
+        again = int((sure < found.threshold).sum())
         assert again == min(int((budget - little) * len(x) + 1e-9), len(x))
         cost = found.cost
         assert (cost.samples, cost.big) == (24, 1.0)
@@ -89,6 +90,38 @@ def test_another_network_answers():
     unsure = margin(dynamic(x)) < found.threshold
     assert 0 < unsure.sum() < 24
     assert torch.allclose(found(x)[unsure], big(x)[unsure], atol=1e-6)
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_reports_count_both_passes(deployed):
+    """Sample by sample, by hand; layers are those of the first pass, and "dense" is one pass."""
+    model, dynamic, x = network()
+    first = spread_of_macs(dynamic, [x])
+    dense = 36 * (3 * 16 * 9 + 16 * 16 * 9) + 16 * 5
+    found = cascade(dynamic, [x], 0.9)
+    found = found.deployed(x) if deployed else found
+    spread = spread_of_macs(found, [x])
+    unsure = margin(found.little(x)) < found.threshold
+    assert 0 < unsure.sum() < 24
+    assert torch.equal(spread.macs, first.macs + dense * unsure) and torch.equal(spread.dense, first.dense)
+    report = redconvert.report(found, x, repeats=1)
+    assert report.dense_macs == dense and report.executed_macs == pytest.approx(spread.mean)
+    assert (report.executed_min, report.executed_max) == (spread.min, spread.max)
+    assert [layer.calls for layer in report.layers] == [1, 1] and all(layer.dynamic_ms for layer in report.layers)
+    found(x)
+    assert torch.equal(found.asked_again, unsure.nonzero().flatten())
+    with redconvert.disabled(found):
+        assert torch.allclose(found(x), model(x), atol=1e-5) and not len(found.asked_again)
+
+
+def test_reports_count_another_network():
+    _, dynamic, x = network()
+    big = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).eval()
+    found = cascade(dynamic, [x], 0.7, big=big)
+    spread, first = spread_of_macs(found, [x]), spread_of_macs(dynamic, [x])
+    unsure = margin(dynamic(x)) < found.threshold
+    assert torch.equal(spread.macs, first.macs + (36 * 3 * 16 * 9 + 16 * 5) * unsure)
+    assert spread.mean / float(spread.dense.mean()) == pytest.approx(found.cost.mean)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

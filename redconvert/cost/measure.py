@@ -39,6 +39,8 @@ class LayerRecord:
 class MacsMeter:
     """Runs batches through a network and counts what every layer and sample executes.
 
+    Of a `redconvert.Cascade` the layers are those of its first pass; its second is in ``executed`` alone.
+
     Attributes:
         records: by layer name.
         dense, executed: MACs of the whole network, one entry per sample.
@@ -54,7 +56,7 @@ class MacsMeter:
         self.executed: list[float] = []
         self.batch_sizes: list[int] = []
         self.uncounted: tuple[str, ...] = ()
-        self._networks: dict[Any, float] = {}  # dense MACs per sample, by the shapes of one sample
+        self._networks: dict[Any, float] = {}  # dense MACs per sample, by network and the shapes of one sample
 
     def run(self, batch: Any) -> Any:
         """Count one batch, and return the network's outputs. Call it in ``eval()``, without gradients."""
@@ -65,11 +67,14 @@ class MacsMeter:
 
         with observed(self.model, listen):
             outputs = call_with(self.model, batch)
+        asked = getattr(self.model, "asked_again", None)  # of a cascade; counting its MACs runs it once more
         first = next(iter(calls.values()), None)
         num_samples = count_samples(batch, first[0] if first else None)
         for name in self.layers:
             self._record(name, calls.get(name, []), num_samples)
         self._add_network(batch, num_samples)
+        if asked is not None and len(asked):
+            self._add_second_pass(asked.tolist(), batch, num_samples)
         return outputs
 
     def _record(self, name: str, observations: list[Observation], num_samples: int) -> None:
@@ -93,7 +98,7 @@ class MacsMeter:
             getattr(record, key).extend(sums)
 
     def _add_network(self, batch: Any, num_samples: int) -> None:
-        whole = self._network(batch, num_samples)
+        whole = self._network(getattr(self.model, "little", self.model), batch, num_samples)
         for sample in range(-num_samples, 0):  # those that were recorded last
             dense = sum(record.dense[sample] for record in self.records.values())
             executed = sum(record.executed[sample] for record in self.records.values())
@@ -101,15 +106,21 @@ class MacsMeter:
             self.executed.append(max(whole - dense, 0) + executed)
         self.batch_sizes.append(num_samples)
 
-    def _network(self, batch: Any, num_samples: int) -> float:
-        """Dense MACs of the whole network per sample. Traced once for each shape."""
+    def _add_second_pass(self, asked: list[int], batch: Any, num_samples: int) -> None:
+        cascade: Any = self.model
+        macs = self._network(cascade.little if cascade.big is None else cascade.big, batch, num_samples)
+        for sample in asked:
+            self.executed[sample - num_samples] += macs
+
+    def _network(self, network: nn.Module, batch: Any, num_samples: int) -> float:
+        """Dense MACs of a whole network per sample. Traced once for each shape."""
         inputs, count = one_sample(batch, num_samples)
-        shapes = (count, *(tuple(tensor.shape) for tensor in tensors_in(inputs)))
-        if shapes not in self._networks:
-            macs = dense_macs(self.model, inputs)
+        key = (network, count, *(tuple(tensor.shape) for tensor in tensors_in(inputs)))
+        if key not in self._networks:
+            macs = dense_macs(network, inputs)
             self.uncounted = tuple(sorted({*self.uncounted, *macs.unsupported}))
-            self._networks[shapes] = macs.total / count
-        return self._networks[shapes]
+            self._networks[key] = macs.total / count
+        return self._networks[key]
 
 
 class Stopwatch:

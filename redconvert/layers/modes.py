@@ -30,7 +30,7 @@ def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Run the network dense, as it was before conversion: the teacher, or the other side of a benchmark."""
-    with _attributes(dynamic_layers(model).values(), enabled=False):
+    with attributes(dynamic_layers(model).values(), enabled=False):
         yield model
 
 
@@ -42,7 +42,7 @@ def resting_gates(model: nn.Module) -> Iterator[nn.Module]:
     taken. Put it around the forward and the backward pass of most steps, and let gates learn in every few alone. A
     compiled network computes everything all the same.
     """
-    with _attributes(dynamic_layers(model).values(), learns=False):
+    with attributes(dynamic_layers(model).values(), learns=False):
         yield model
 
 
@@ -76,7 +76,7 @@ def forced(
             raise RedconvertError(
                 f"forced({axis}={highest}): no layer has this candidate; the largest index is {max(counts) - 1}"
             )
-    with _attributes(layers.values(), forced=wanted):
+    with attributes(layers.values(), forced=wanted):
         yield model
 
 
@@ -87,12 +87,12 @@ def observed(model: nn.Module, listener: Callable[[DynamicConv, Observation], No
         if "torch._dynamo" in sys.modules:  # else nothing is compiled; a graph would tell nobody
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in dynamic_layers(model).values():
-            stack.enter_context(_attributes([layer], observers=(*layer.observers, listener)))
+            stack.enter_context(attributes([layer], observers=(*layer.observers, listener)))
         yield model
 
 
 @contextmanager
-def _attributes(layers, **values: Any) -> Iterator[None]:
+def attributes(layers, **values: Any) -> Iterator[None]:
     """Set instance attributes, and put back what was there, also where nothing was."""
     before = [(layer, name, vars(layer).get(name, ...)) for layer in layers for name in values]
     try:
