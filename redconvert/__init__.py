@@ -1,7 +1,7 @@
 """redconvert: turn a pretrained video or image network into one that decides, per input, how much to compute."""
 
 from . import zoo
-from .budget import Budget, clear_budget, keep_budget, set_budget
+from .budget import Budget, BudgetCurve, budget_curve, clear_budget, keep_budget, set_budget
 from .calibrate import Calibration, calibrate
 from .cascade import Cascade, cascade
 from .checkpoint import from_pretrained, load_weights, save_pretrained
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Bench",
     "Budget",
+    "BudgetCurve",
     "Calibration",
     "Cascade",
     "ConvertConfig",
@@ -35,6 +36,7 @@ __all__ = [
     "Report",
     "__version__",
     "bench",
+    "budget_curve",
     "calibrate",
     "cascade",
     "clear_budget",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MissingExtraError", "RedconvertError", "require"]
+__all__ = ["BudgetTooLowError", "MissingExtraError", "RedconvertError", "require"]
 
 
 class RedconvertError(Exception):
@@ -11,6 +11,10 @@ class RedconvertError(Exception):
     Every check that can fail finishes before the first change, so whoever catches this error
     still holds the model, file or folder as it was.
     """
+
+
+class BudgetTooLowError(RedconvertError):
+    """A network cannot cost as little as was asked; the message says how little it can."""
 
 
 class MissingExtraError(RedconvertError, ImportError):

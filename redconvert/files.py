@@ -6,15 +6,27 @@ import os
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .errors import RedconvertError
 
-__all__ = ["write_bytes_atomic", "write_text_atomic"]
+__all__ = ["write_bytes_atomic", "write_picture", "write_text_atomic"]
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8; see `write_bytes_atomic`."""
     write_bytes_atomic(path, text.encode())
+
+
+def write_picture(path: str | os.PathLike[str], figure: Any) -> None:
+    """A matplotlib figure, of the kind that the path's suffix says. RedconvertError: it cannot be written so."""
+    try:
+        figure.savefig(os.fspath(path), dpi=150)
+    except (OSError, ValueError) as error:
+        raise RedconvertError(
+            f"the picture '{os.fspath(path)}' cannot be written ({error}): give a .png, .svg or .pdf in an existing "
+            f"folder"
+        ) from error
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], content: bytes) -> None:

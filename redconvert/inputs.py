@@ -18,6 +18,7 @@ __all__ = [
     "call_with",
     "device_of",
     "each_batch",
+    "each_labelled_batch",
     "evaluating",
     "move_to",
     "take_inputs",
@@ -96,6 +97,11 @@ def each_batch(batches: Any) -> Iterator[Any]:
     Raises:
         RedconvertError: not iterable, empty, or an item that is no batch.
     """
+    return (inputs for inputs, _ in each_labelled_batch(batches))
+
+
+def each_labelled_batch(batches: Any) -> Iterator[tuple[Any, Any]]:
+    """The inputs and the labels of every batch: `take_inputs` and `take_labels` of each item; as `each_batch`."""
     single = isinstance(batches, Tensor | tuple) or _is_keywords(batches)
     if not single and not isinstance(batches, Iterable):
         raise RedconvertError(f"batches must be an iterable of batches, not {type(batches).__name__}. {ACCEPTED}")
@@ -104,7 +110,7 @@ def each_batch(batches: Any) -> Iterator[Any]:
         first = next(iterator)
     except StopIteration:
         raise RedconvertError("batches is empty: give at least one batch (an iterator can be used only once)") from None
-    return (take_inputs(batch) for batch in chain([first], iterator))
+    return ((take_inputs(batch), take_labels(batch)) for batch in chain([first], iterator))
 
 
 def move_to(value: Any, device: torch.device | str) -> Any:

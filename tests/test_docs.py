@@ -58,7 +58,8 @@ def names(tmp_path, monkeypatch):
     torch.manual_seed(0)
     clips = torch.randn(2, 3, 8, 12, 12)
     train = [(clips, torch.tensor([0, 31])), (clips.flip(0), torch.tensor([31, 0]))]
-    return {"model": Network().eval(), "clips": clips, "train": train, "torch": torch, "F": nn.functional}
+    more = {"clips": clips, "more_clips": torch.randn(2, 3, 8, 12, 12), "train": train}
+    return {"model": Network().eval(), **more, "torch": torch, "F": nn.functional}
 
 
 def run(page, names):

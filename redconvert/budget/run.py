@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cost.measure import count_samples, static_macs
-from ..errors import RedconvertError
+from ..errors import BudgetTooLowError, RedconvertError
 from ..finetune.loss import EfficiencyLoss
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, unwrapped
 from ..layers import DynamicConv, Observation, dynamic_layers, forced, observed
@@ -78,6 +78,7 @@ def set_budget(
     batches: Any,
     *,
     by: Literal["auto", "gates", "layers", "inputs"] = "auto",
+    effects: Mapping[str, Tensor] | None = None,
     progress: bool = False,
 ) -> Budget:
     """Move the gates' thresholds so that the average executed MACs meet a budget. Nothing is trained.
@@ -101,14 +102,16 @@ def set_budget(
         budget: wished average of executed over dense MACs of the whole network, in (0, 1].
         batches: unlabelled; an iterable that can be read several times.
         by: "auto" takes "layers" where every gate decides the same for all inputs.
+        effects: by layers, what `redconvert.budget.harms` gave before, which spares measuring it again.
         progress: show a bar (needs rich).
 
     Returns:
         What was reached, and how it spreads over inputs.
 
     Raises:
-        RedconvertError: a budget below what the search space allows (the message says what it is), no batches, an
-            iterator that can be read only once, ``by="inputs"`` with soft gates; gates are then as they were.
+        BudgetTooLowError: a budget below what the search space allows; the message says what that is.
+        RedconvertError: no batches, an iterator that can be read only once, ``by="inputs"`` with soft gates. Gates are
+            then as they were.
     """
     if not isinstance(budget, int | float) or not 0 < budget <= 1:
         raise RedconvertError(f"budget={budget!r} must be a share of the dense MACs in (0, 1]")
@@ -117,10 +120,10 @@ def set_budget(
     with _running(dynamic, batches, progress, "Setting the budget") as run:
         clear_budget(run.model)
         if by == "auto":
-            by = "layers" if run.is_constant() else "gates"
+            by = "layers" if is_constant(run.model, batches) else "gates"
         if by == "inputs":
             run.write_gates()
-        return run.by_layers(budget) if by == "layers" else run.by_gates(budget, by)
+        return run.by_layers(budget, effects) if by == "layers" else run.by_gates(budget, by)
 
 
 def calibrate_gates(dynamic: nn.Module, batches: Any, *, progress: bool = False) -> None:
@@ -158,6 +161,18 @@ def _running(dynamic: nn.Module, batches: Any, progress: bool, what: str) -> Ite
         yield _Run(dynamic, layers, batches, meter, step)
 
 
+def is_constant(dynamic: nn.Module, batches: Any) -> bool:
+    """Whether every gate decides the same for all inputs."""
+    decisions: dict[DynamicConv, set[Any]] = {}
+    with (
+        evaluating(dynamic),
+        observed(dynamic, lambda layer, seen: decisions.setdefault(layer, set()).update(seen.decisions)),
+    ):
+        for batch in each_batch(batches):
+            call_with(dynamic, move_to(batch, device_of(dynamic)))
+    return all(len(each) == 1 for each in decisions.values())
+
+
 def clear_budget(dynamic: nn.Module) -> None:
     """Put every threshold back to 0: gates decide as they were trained to."""
     for layer in dynamic_layers(dynamic).values():
@@ -193,11 +208,6 @@ class _Run:
                 found.append(self.meter.cost(count_samples(inputs, next(iter(seen), None))).cpu().double())
         self.step()
         return torch.cat(found)
-
-    def is_constant(self) -> bool:
-        decisions: dict[DynamicConv, set[Any]] = {}
-        self.costs(lambda layer, seen: decisions.setdefault(layer, set()).update(seen.decisions))
-        return all(len(each) == 1 for each in decisions.values())
 
     # -- one threshold for all gates -------------------------------------------------------------------
 
@@ -244,12 +254,12 @@ class _Run:
 
     # -- one decision per layer ------------------------------------------------------------------------
 
-    def by_layers(self, budget: float) -> Budget:
+    def by_layers(self, budget: float, effects: Mapping[str, Tensor] | None = None) -> Budget:
         macs, dense = self._price_list()
         least = self.meter.static_macs + sum(min(costs[-1] for costs in table.values()) for _, table in macs.values())
         if least > budget * dense:
             raise self._too_low(budget, least / dense)
-        effects = harms(self.model, self.batches)
+        effects = harms(self.model, self.batches) if effects is None else effects
         self.step()
         options = {
             name: [Choice(i, j, float(effects[name][i, j]), costs[0], costs) for (i, j), costs in table.items()]
@@ -289,9 +299,9 @@ class _Run:
         std = float(costs.std()) if len(costs) > 1 else 0.0
         return Budget(asked, mean, low, high, std, samples=len(costs), **more)
 
-    def _too_low(self, budget: float, least: float) -> RedconvertError:
+    def _too_low(self, budget: float, least: float) -> BudgetTooLowError:
         least = math.ceil(least * 1e4) / 1e4  # upwards: a budget of what is printed is met
-        return RedconvertError(
+        return BudgetTooLowError(
             f"budget={budget:g} is below the least that this network can cost, {least:.4f} of its dense MACs: ask for "
             f"more, or convert with a larger search_space or fewer layers skipped"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..errors import RedconvertError, require
+from ..errors import require
+from ..files import write_picture
 from .run import CalibratedLayer, Calibration
 
 __all__ = ["plot_explained"]
@@ -36,13 +37,7 @@ def plot_explained(calibration: Calibration, path: str | os.PathLike[str]) -> No
         _draw(plot, layers, axis, names=place == 0)
     bars = {label: bar for plot in figure.axes for bar, label in zip(*plot.get_legend_handles_labels(), strict=True)}
     figure.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
-    try:
-        figure.savefig(os.fspath(path), dpi=150)
-    except (OSError, ValueError) as error:
-        raise RedconvertError(
-            f"the picture '{os.fspath(path)}' cannot be written ({error}): give a .png, .svg or .pdf in an existing "
-            f"folder"
-        ) from error
+    write_picture(path, figure)
 
 
 def _draw(plot: Any, layers: tuple[CalibratedLayer, ...], axis: str, names: bool) -> None:

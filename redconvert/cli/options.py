@@ -14,14 +14,24 @@ from ..presets import presets
 __all__ = [
     "Absorb",
     "AsJson",
+    "BatchSize",
     "ConfigFile",
+    "Data",
+    "Device",
+    "FrameStep",
     "Input",
+    "Mean",
     "Measure",
     "Model",
+    "More",
     "NumFrames",
+    "Out",
     "Rules",
+    "SampleCount",
     "SearchSpace",
+    "Std",
     "Trust",
+    "Weights",
     "read_config",
     "read_shape",
 ]
@@ -63,6 +73,25 @@ Absorb = Annotated[
     ),
 ]
 NumFrames = Annotated[int | None, typer.Option(help="Frames per clip where a 2D network's batch holds frames.")]
+Data = Annotated[
+    list[Path],
+    typer.Option("--data", help="Folder, searched through, or file: videos or images without labels. Repeat it."),
+]
+Out = Annotated[Path, typer.Option(help="Folder for the dynamic network, as save_pretrained writes it.")]
+More = Annotated[
+    list[Path] | None, typer.Argument(help="More of --data, so that --data clips/*.mp4 works.", show_default=False)
+]
+Weights = Annotated[
+    str | None, typer.Option(help="A checkpoint for MODEL; for zoo: also what its builder knows, KINETICS400.")
+]
+SampleCount = Annotated[int, typer.Option("--samples", min=1, help="Clips or images, spread over the files.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Of them at once.")]
+FrameStep = Annotated[int, typer.Option("--step", min=1, help="From frame to frame of a clip, in 25ths of a second.")]
+Mean = Annotated[
+    str | None, typer.Option(help="Of each colour, for values in [0, 1]: 0.5,0.5,0.5.", show_default="the model's")
+]
+Std = Annotated[str | None, typer.Option(help="Likewise.", show_default="the model's")]
+Device = Annotated[str | None, typer.Option(help="Such as cuda:1.", show_default="cuda, else cpu")]
 
 
 def read_config(

@@ -30,9 +30,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Samples:
-    """What was read: uint8 ``(3, T, H, W)`` each, a quarter of the memory of floats, and files that failed."""
+    """What was read: uint8 ``(3, T, H, W)`` each, a quarter of the memory of floats; their files; files that failed."""
 
     clips: list[Tensor]
+    paths: list[Path]
     problems: dict[Path, str]
 
 
@@ -120,7 +121,7 @@ def read_samples(
     Raises:
         RedconvertError: nothing could be read.
     """
-    clips, problems = [], {}
+    clips, paths, problems = [], [], {}
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
     for item in progress(list(items)):
@@ -133,11 +134,12 @@ def read_samples(
         except RedconvertError as error:
             problems[item.path] = str(error)
             continue
+        paths.append(item.path)
         clips.append(clip[:, :, top : top + height, left : left + width].round().to(torch.uint8))
     if not clips:
         path, why = next(iter(problems.items()))
         raise RedconvertError(f"--data: none of {len(problems)} files could be read; '{path}': {why}")
-    return Samples(clips, problems)
+    return Samples(clips, paths, problems)
 
 
 def _clip(item: Item, num_frames: int, side: int, step: int) -> Tensor:

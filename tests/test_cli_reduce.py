@@ -1,0 +1,103 @@
+"""redconvert-cli reduce: files in, a network out that is as cheap as its answers allow."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import redconvert
+from redconvert.cli.reduce import _split
+from redconvert.errors import RedconvertError
+from redconvert.evaluate import spread_of_macs
+
+pytest.importorskip("av")
+
+VIDEO = ("reduce", "nets:video", "--input", "1,3,4,16,16", "--data", "clips", "--out", "saved")
+IMAGE = ("reduce", "nets:image", "--input", "1,3,16,16", "--data", "pictures", "--out", "saved")
+
+
+def opened():
+    import nets
+
+    return redconvert.from_pretrained(nets.video(), "saved").eval()
+
+
+def test_what_is_saved_is_what_was_measured(command):
+    """Of three files the second is measured on; the saved network keeps the budget and its answers."""
+    code, out, _ = command(*VIDEO, "--budget", 0.75, "--samples", 12, "--no-time", "--json")
+    facts = json.loads(out)
+    point = facts["curve"]["points"][0]
+    assert code == 0 and facts["milliseconds"] is None and facts["chosen"] == 0.75
+    assert (facts["curve"]["samples"], len(facts["curve"]["points"])) == (4, 1)
+    clips = [redconvert.data.load_clip("clips/b.mkv", 4, 16, 1, (i + 0.5) / 4) for i in range(4)]
+    pixels = (torch.stack(clips) * 0.5 + 0.5).mul(255).round() / 255
+    x = (pixels - 0.45) / 0.225
+    dynamic = opened()
+    spread = spread_of_macs(dynamic, [x])
+    assert point["share"] == pytest.approx(spread.mean / float(spread.dense.mean()))
+    with torch.no_grad():
+        now = dynamic(x)
+        with redconvert.disabled(dynamic):
+            dense = dynamic(x)
+    assert point["agreement"] == float((now.argmax(1) == dense.argmax(1)).double().mean())
+    apart = (dense.softmax(1) * (dense.log_softmax(1) - now.log_softmax(1))).sum(1).mean()
+    assert point["divergence"] == pytest.approx(float(apart), rel=0.05, abs=1e-7)
+    assert not torch.allclose(now, dense, atol=1e-4)
+    assert json.loads(Path("saved/reduce.json").read_text()) == facts
+
+
+def test_the_cheapest_that_keeps_the_answers(command):
+    code, out, _ = command(*VIDEO, "--agreement", 0.01, "--budgets", "0.9,0.7,0.05", "--plot", "curve.png")
+    assert code == 0 and Path("curve.png").stat().st_size > 5000
+    assert "Taken: " in out and "too low" in out and "Saved: saved; picture: curve.png" in out
+    assert "One sample" in out and "deployed, dense" in out and "Measured on" in out
+    facts = json.loads(Path("saved/reduce.json").read_text())
+    shares = [point["share"] for point in facts["curve"]["points"] if point["agreement"] >= 0.01]
+    spread = spread_of_macs(opened(), torch.rand(2, 3, 4, 16, 16))
+    assert min(shares) == pytest.approx(spread.mean / float(spread.dense.mean()))
+    assert set(facts["milliseconds"]) == {"original", "deployed, dense", "deployed"}
+    assert all(value > 0 for value in facts["milliseconds"].values())
+
+
+def test_images(command):
+    code, out, _ = command(*IMAGE, "--budget", 0.8, "--no-time")
+    assert code == 0 and "Measured on 1 of 4 samples of 3x16x16 from 4 files" in out
+
+
+def test_nothing_is_saved_where_no_budget_serves(command, monkeypatch):
+    from redconvert.budget import curve
+
+    original = curve._Answers.compare
+    monkeypatch.setattr(curve._Answers, "compare", lambda *args: (original(*args)[0], 0.4, 0.1, None))
+    code, out, err = command(*VIDEO, "--samples", 6)
+    assert code == 1 and not Path("saved").exists()
+    assert "at no budget do 95.0% of the answers stay: the most is 40.0%" in err and "Nothing was saved" in err
+    assert "same first answer" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--budget", 0.5, "--agreement", 0.9), "exclude each other"),
+        (("--budget", 1.5), "--budget: 1.5 must be a share in (0, 1]"),
+        (("--agreement", 0), "--agreement: 0 must be a share in (0, 1]"),
+        (("--budgets", "a,b"), "--budgets: 'a,b' is not a list such as"),
+        (("--budgets", "0.5,2"), "--budgets: 2 must be a share in (0, 1]"),
+        (("--budget", 0.01), "below the least that this network can cost"),
+        (("--samples", 1), "one is needed to calibrate with and one to measure on"),
+        (("--plot", "no/curve.png"), "there is no folder 'no'"),
+    ],
+)
+def test_refusals(command, options, message):
+    code, _, err = command(*VIDEO, *options)
+    assert code == 1 and message in err and not Path("saved").exists()
+
+
+def test_split():
+    """By files where there are several; samples of one file by themselves."""
+    a, b, c, d, e, f = map(Path, "abcdef")
+    assert _split([a, a, b, b, c, d, e, f, f]) == ([0, 1, 4, 5, 6], [2, 3, 7, 8])
+    assert _split([a] * 6) == ([0, 2, 3, 4], [1, 5])
+    with pytest.raises(RedconvertError, match="single sample"):
+        _split([a])
