@@ -9,7 +9,7 @@ MARKERS = {"dense": "s", "half": "v", "dynamic": "o", "depgraph": "x", "magnitud
 
 
 def accuracy_against_macs(result: dict[str, Any], path: Path) -> None:
-    """Every row of a benchmark at the MACs that it executed; the budget curves of dynamic networks as lines."""
+    """Every row of a benchmark at the MACs that it executed; of dynamic ones budgets, too, and asking again dashed."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
@@ -24,10 +24,11 @@ def accuracy_against_macs(result: dict[str, Any], path: Path) -> None:
             yerr=None if row["std"] is None else [100 * row["std"]],
             marker=marker, color=color, linestyle="none", label=name,
         )  # fmt: skip
-        curve = next(iter(result["rows"][name].values())).get("curve")
-        if curve:
-            points = sorted((100 * p["share_of_dense_macs"], 100 * p["accuracy"]) for p in curve.values())
-            axes.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=0.7)
+        first = next(iter(result["rows"][name].values()))
+        for key, style in (("curve", "-"), ("asking_again", "--")):
+            if key in first:
+                points = sorted((100 * p["share_of_dense_macs"], 100 * p["accuracy"]) for p in first[key].values())
+                axes.plot(*zip(*points, strict=True), color=color, linestyle=style, linewidth=1, alpha=0.7)
     schedule = result["schedule"]
     axes.set(xlabel="executed MACs, % of the dense network's", ylabel="right answers on the test set, %")
     axes.set_title(f"{schedule['network']}, {schedule['epochs']} epochs of {schedule['images']:,} images", loc="left")

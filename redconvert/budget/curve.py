@@ -89,14 +89,15 @@ class BudgetCurve:
         figures = require("matplotlib.figure", extra="plot", purpose="The picture of a budget curve")
         figure = figures.Figure(figsize=(6.5, 4), layout="constrained")  # no pyplot: it would keep the figure
         axes = figure.subplots()
-        shares = [100 * point.share for point in self.points]
-        axes.plot(shares, [100 * point.agreement for point in self.points], marker="o", label="answers that stay")
+        shares = [100.0, *(100 * point.share for point in self.points)]
+        axes.plot(shares, [100.0, *(100 * point.agreement for point in self.points)], marker="o", label="that stay")
         if self.dense_accuracy is not None:
-            right = [100 * (point.accuracy or 0.0) for point in self.points]
-            axes.plot(shares, right, marker="s", label="right answers")
-            axes.axhline(100 * self.dense_accuracy, color="gray", linestyle=":", label="right answers, dense")
+            right = [self.dense_accuracy, *(point.accuracy or 0.0 for point in self.points)]
+            axes.plot(shares, [100 * share for share in right], marker="s", label="that are right")
             axes.legend(fontsize=8)
-        axes.set(xlabel="executed MACs, % of the dense network's", ylabel="answers, %")
+        what = "answers that stay, %" if self.dense_accuracy is None else "answers, %"
+        axes.set(xlabel="executed MACs, % of the dense network's", ylabel=what)
+        axes.set_ylim(top=101)
         axes.set_title(f"{self.model}, {self.samples} samples", loc="left", fontsize=10)
         axes.grid(alpha=0.3)
         write_picture(path, figure)
