@@ -13,10 +13,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """Versions, device, seed and date of this run."""
+    """Versions, device and what it computes with (AVX2, AVX512), seed and date of this run."""
     return {
         "torch": torch.__version__,
         "device": "cpu",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "seed": seed,
         "date": time.strftime("%Y-%m-%d"),

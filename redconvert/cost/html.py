@@ -205,7 +205,7 @@ def _environment(report: Report) -> str:
     where = report.environment
     entries = {
         "PyTorch": where["torch"],
-        "Device": f"{where['device']}, {where['device_name']}",
+        "Device": ", ".join(filter(None, (where["device"], where["device_name"], where["instructions"]))),
         "Threads": where["threads"],
         "Data type": where["dtype"],
         "Batch": ", ".join(map(_shape, where["batch_shape"])),

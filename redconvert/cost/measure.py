@@ -216,6 +216,7 @@ def describe_environment(model: nn.Module, batch: Any) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "device": str(device),
         "device_name": name,
+        "instructions": torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else None,
         "threads": torch.get_num_threads(),
         "dtype": str(next(floating, torch.get_default_dtype())).removeprefix("torch."),
         "batch_shape": [list(tensor.shape) for tensor in tensors_in(batch)],

@@ -92,7 +92,8 @@ class Report:
         dense_ms, dynamic_ms: of a forward pass, per batch as given: the median of interleaved runs.
         share: of the promised speed-up that was realised, `redconvert.cost.share`, on the timed batches.
         uncounted: operators that may multiply and are in no MACs here.
-        environment: torch, device, device_name, threads, dtype, batch_shape, date.
+        environment: torch, device, device_name, instructions (of a CPU: AVX2, AVX512), threads, dtype, batch_shape,
+            date.
     """
 
     model: str

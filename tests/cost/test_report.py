@@ -213,6 +213,7 @@ def test_json():
     assert environment["batch_shape"] == [[2, 3, 4, 6, 6]]
     assert (environment["device"], environment["dtype"]) == ("cpu", "float32")
     assert environment["threads"] == torch.get_num_threads()
+    assert environment["instructions"] == torch.backends.cpu.get_cpu_capability()
     assert re.match(r"\d{4}-\d\d-\d\dT", environment["date"])
 
 
