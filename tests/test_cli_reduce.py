@@ -10,6 +10,7 @@ import redconvert
 from redconvert.cli.reduce import _split
 from redconvert.errors import RedconvertError
 from redconvert.evaluate import spread_of_macs
+from redconvert.layers import dynamic_layers
 
 pytest.importorskip("av")
 
@@ -44,6 +45,10 @@ def test_what_is_saved_is_what_was_measured(command):
     apart = (dense.softmax(1) * (dense.log_softmax(1) - now.log_softmax(1))).sum(1).mean()
     assert point["divergence"] == pytest.approx(float(apart), rel=0.05, abs=1e-7)
     assert not torch.allclose(now, dense, atol=1e-4)
+    assert [layer.candidates.channels for layer in dynamic_layers(dynamic).values()] == [
+        (16, 14, 12, 10, 8),
+        (32, 28, 24, 20, 16),
+    ]
     assert json.loads(Path("saved/reduce.json").read_text()) == facts
 
 
@@ -61,8 +66,12 @@ def test_the_cheapest_that_keeps_the_answers(command):
 
 
 def test_images(command):
-    code, out, _ = command(*IMAGE, "--budget", 0.8, "--no-time")
+    code, out, _ = command(*IMAGE, "--budget", 0.8, "--no-time", "--search-space", 2)
     assert code == 0 and "Measured on 1 of 4 samples of 3x16x16 from 4 files" in out
+    import nets
+
+    saved = redconvert.from_pretrained(nets.image(), "saved")
+    assert [layer.candidates.channels for layer in dynamic_layers(saved).values()] == [(16, 8), (32, 16)]
 
 
 def test_nothing_is_saved_where_no_budget_serves(command, monkeypatch):

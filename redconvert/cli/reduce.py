@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,8 @@ from .progress import shown
 __all__ = ["reduce"]
 
 BUDGETS = "0.95,0.9,0.85,0.8,0.7,0.6"
+# Of the channels, where the options name no candidates: without training halves are too coarse.
+SHARES = (0.875, 0.75, 0.625, 0.5)
 TEST_EVERY = 4  # of the files (or, of a single file, of the samples) one is kept to measure on
 
 
@@ -85,8 +88,14 @@ def reduce(
     absorb: Absorb = False,
     num_frames: NumFrames = None,
 ) -> None:
-    """Make a network as cheap as its answers allow, without training, from unlabelled videos or images; save it."""
+    """Make a network as cheap as its answers allow, without training, from unlabelled videos or images; save it.
+
+    Layers compute all, 7/8, 3/4, 5/8 or half of their channels, and all or half of their frames, unless --config or
+    --search-space says otherwise.
+    """
     settings = read_config(config, rule, search_space, num_frames, model, absorb)
+    if config is None and search_space is None:
+        settings = replace(settings, shares=SHARES)
     check_targets(out, plot)
     wanted = _shares(budgets) if budget is None else [_share(budget, "--budget")]
     if agreement is not None and budget is not None:
