@@ -17,13 +17,11 @@ import json
 from pathlib import Path
 
 import torch
-from cifar import ABSORBED, accuracy, asking_again, convert, images, resnet56
+from cifar import ABSORBED, HELD_OUT, accuracy, asking_again, convert, images, resnet56
 from common import RESULTS, environment, write
 from plots import cascades_against_macs
 
 import redconvert
-
-HELD_OUT = 1000
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import ABSORBED, accuracy, asking_again, batches, convert, images, resnet56, vgg16_bn
+from cifar import ABSORBED, HELD_OUT, accuracy, asking_again, batches, convert, images, resnet56, vgg16_bn
 from common import RESULTS, environment, write
 from torch import nn
 from training import train
@@ -36,7 +36,6 @@ from redconvert.evaluate import spread_of_macs
 NETWORKS = {"resnet56": resnet56, "vgg16_bn": vgg16_bn}
 CALIBRATION_IMAGES = 1000
 BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere it is slower by far than float32
-HELD_OUT = 1000
 TOTALS = (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # of a trained network and the original, asked where it is unsure
 
 

@@ -20,7 +20,7 @@ from ..files import write_picture
 from ..inputs import call_with, device_of, each_labelled_batch, evaluating, move_to, tensors_in, unwrapped
 from ..layers import DynamicConv, disabled, dynamic_layers
 from ..progress import progress_bar
-from .run import clear_budget, is_constant, set_budget
+from .run import check_budget, clear_budget, is_constant, set_budget
 from .sensitivity import harms
 
 __all__ = ["BudgetCurve", "CurvePoint", "budget_curve"]
@@ -145,7 +145,9 @@ def budget_curve(
     """
     dynamic = unwrapped(dynamic)
     layers = dynamic_layers(dynamic)
-    wanted = sorted({_checked(budget) for budget in budgets}, reverse=True)
+    for budget in budgets:
+        check_budget(budget)
+    wanted = sorted(set(map(float, budgets)), reverse=True)
     if not wanted:
         raise RedconvertError("budgets is empty: give shares of the dense MACs, such as (0.9, 0.8, 0.7)")
     for given in (batches, test):
@@ -226,12 +228,6 @@ def _fits(labels: Any, scores: Tensor) -> bool:
 
 def _mean(parts: list[Tensor]) -> float:
     return float(torch.cat(parts).double().mean())
-
-
-def _checked(budget: float) -> float:
-    if not isinstance(budget, int | float) or not 0 < budget <= 1:
-        raise RedconvertError(f"budget={budget!r} must be a share of the dense MACs in (0, 1]")
-    return float(budget)
 
 
 @contextmanager

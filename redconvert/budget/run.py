@@ -28,7 +28,15 @@ from .difficulty import measure_difficulty
 from .gates import write_gates
 from .sensitivity import harms
 
-__all__ = ["Budget", "calibrate_gates", "clear_budget", "keep_budget", "set_budget"]
+__all__ = [
+    "Budget",
+    "calibrate_gates",
+    "check_budget",
+    "clear_budget",
+    "is_constant",
+    "keep_budget",
+    "set_budget",
+]
 
 STEPS = 14  # of the bisection: the threshold is then known to 1/1000
 # MACs by decision; of a layer that reads what another hands over, by that one's candidate.
@@ -113,8 +121,7 @@ def set_budget(
         RedconvertError: no batches, an iterator that can be read only once, ``by="inputs"`` with soft gates. Gates are
             then as they were.
     """
-    if not isinstance(budget, int | float) or not 0 < budget <= 1:
-        raise RedconvertError(f"budget={budget!r} must be a share of the dense MACs in (0, 1]")
+    check_budget(budget)
     if by not in ("auto", "gates", "layers", "inputs"):
         raise RedconvertError(f"by must be 'auto', 'gates', 'layers' or 'inputs', not {by!r}")
     with _running(dynamic, batches, progress, "Setting the budget") as run:
@@ -159,6 +166,12 @@ def _running(dynamic: nn.Module, batches: Any, progress: bool, what: str) -> Ite
         stack.callback(meter.close)
         meter.static_macs = static_macs(dynamic, move_to(next(each_batch(batches)), device_of(dynamic)))
         yield _Run(dynamic, layers, batches, meter, step)
+
+
+def check_budget(budget: float) -> None:
+    """RedconvertError: it is no share."""
+    if not isinstance(budget, int | float) or not 0 < budget <= 1:
+        raise RedconvertError(f"budget={budget!r} must be a share of the dense MACs in (0, 1]")
 
 
 def is_constant(dynamic: nn.Module, batches: Any) -> bool:

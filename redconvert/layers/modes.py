@@ -14,7 +14,7 @@ from ..errors import RedconvertError
 from ..inputs import unwrapped
 from .base import DynamicConv, Forced, Observation
 
-__all__ = ["disabled", "dynamic_layers", "forced", "observed", "resting_gates"]
+__all__ = ["attributes", "disabled", "dynamic_layers", "forced", "observed", "resting_gates"]
 
 
 def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
