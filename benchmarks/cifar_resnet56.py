@@ -4,9 +4,9 @@
     python benchmarks/cifar_resnet56.py --data FOLDER --epochs 1 --images 2000 --seeds 0 --rows dense   # quick
 
 Every row starts from the same pretrained weights and trains on the same images with the same schedule, optimizer,
-augmentation and loss (half labels, half the pretrained network as a teacher): benchmarks/training.py. JSON is
-written after every row; a row that is in it already is not run again. ``--plot`` draws accuracy against executed
-MACs.
+augmentation and loss: half labels, half the pretrained network as a teacher, unless ``--distill`` and
+``--temperature`` say otherwise (benchmarks/training.py). JSON is written after every row; a row that is in it already
+is not run again. ``--plot`` draws accuracy against executed MACs.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def run(setting: Setting, name: str) -> dict[str, Any]:
 
 
 def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
-    """Labels and teacher in equal parts; L_e for a dynamic network."""
+    """Labels and teacher; L_e for a dynamic network."""
     arguments = setting.arguments
     return train(
         candidate.model,
@@ -170,6 +170,8 @@ def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
         lr=arguments.lr,
         gate_lr=arguments.gate_lr,
         teacher=copy.deepcopy(setting.original).to(memory_format=torch.channels_last),
+        distill=arguments.distill,
+        temperature=arguments.temperature,
         weight=arguments.efficiency if candidate.target is not None else 0.0,
         target=candidate.target,
         bfloat16=BFLOAT16,
@@ -212,6 +214,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gate-lr", type=float, default=0.005)
     parser.add_argument("--gate-every", type=int, default=1, help="gates learn in every so many-th step")
     parser.add_argument("--efficiency", type=float, default=20.0)
+    parser.add_argument("--distill", type=float, default=0.5, help="the teacher's share of the loss; 1: no labels")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the distillation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help="names, or their beginnings")
     parser.add_argument("--test-images", type=int, default=10_000)
@@ -226,10 +230,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     out = arguments.out or RESULTS / f"cifar_{arguments.network}.json"
-    keys = ("network", "epochs", "images", "batch", "lr", "gate_lr", "gate_every", "efficiency", "test_images")
+    keys = ("network", "epochs", "images", "batch", "lr", "gate_lr", "gate_every", "efficiency", "distill")
+    keys += ("temperature", "test_images")
     schedule = {key: getattr(arguments, key) for key in keys}
     result = json.loads(out.read_text()) if out.exists() else {}
-    if result.get("schedule") != schedule:
+    if {"distill": 0.5, "temperature": 1.0} | result.get("schedule", {}) != schedule:
         result = {"what": __doc__.split("\n")[0], "schedule": schedule, "rows": {}}
     for seed in arguments.seeds:
         setting = None

@@ -38,16 +38,18 @@ def accuracy_against_macs(result: dict[str, Any], path: Path) -> None:
 
 
 def agreement_against_macs(result: dict[str, Any], path: Path) -> None:
-    """How many answers stay as they were at each budget."""
+    """How many answers stay as they were at each budget, a line for each way of leaving channels out."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
-    rows = sorted(result["rows"].values(), key=lambda row: row["share_of_dense_macs"])
-    shares = [100 * row["share_of_dense_macs"] for row in rows]
-    axes.plot(shares, [100 * row["agreement"] for row in rows], marker="o", color="#2f6fb3")
+    for (name, curve), color in zip(result["curves"].items(), ("#2f6fb3", "#c4572e"), strict=False):
+        points = [(100 * point["share"], 100 * point["agreement"]) for point in curve["points"]]
+        axes.plot(*zip((100, 100), *points, strict=True), marker="o", color=color, label=f"channels {name}")
     axes.axhline(95, color="gray", linestyle=":", linewidth=1)
+    axes.legend(fontsize=8)
     axes.set(xlabel="executed MACs, % of the dense network's", ylabel="same top-1 answer as the dense network, %")
-    axes.set_title(f"I3D without training, {result['clips']} J-HMDB test clips", loc="left", fontsize=10)
+    samples = next(iter(result["curves"].values()))["samples"]
+    axes.set_title(f"I3D without training, {samples} J-HMDB test clips", loc="left", fontsize=10)
     axes.grid(alpha=0.3)
     _save(figure, path)
 

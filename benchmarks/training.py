@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -25,6 +25,7 @@ def train(
     gate_lr: float,
     teacher: nn.Module | None = None,
     distill: float = 0.5,
+    temperature: float = 1.0,
     weight: float = 0.0,
     target: float | None = None,
     freeze_norms: bool = False,
@@ -32,7 +33,7 @@ def train(
     bfloat16: bool = False,
     gate_every: int = 1,
 ) -> list[dict[str, float]]:
-    """SGD with Nesterov momentum, warm-up and cosine; ``(1 - d) CE + d KL(teacher) + weight * L_e``.
+    """SGD with Nesterov momentum, warm-up and cosine; ``(1 - d) CE + d t^2 KL(teacher) + weight * L_e``.
 
     ``bfloat16`` is for 2D networks: on a CPU with avx512_bf16, torch 2.15 gives I3D's convolutions infinite gradients.
     ``gate_every``: gates learn in every so many-th step; in between a step costs what they leave to compute.
@@ -52,7 +53,8 @@ def train(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate_factor(step, steps, warmup=0.05)
             with nullcontext() if efficiency is None or step % gate_every == 0 else redconvert.resting_gates(model):
-                row = _step(model, x, y, teacher, distill if teacher is not None else 0.0, efficiency, weight, bfloat16)
+                row, loss = _losses(model, x, y, teacher, distill, temperature, efficiency, weight, bfloat16)
+                loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -65,9 +67,19 @@ def train(
     return history
 
 
-def _step(
-    model: nn.Module, x: Any, y: Any, teacher: Any, distill: float, efficiency: Any, weight: float, bfloat16: bool
-) -> dict[str, float]:
+def _losses(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    teacher: Any,
+    distill: float,
+    temperature: float,
+    efficiency: Any,
+    weight: float,
+    bfloat16: bool,
+) -> tuple[dict[str, float], Tensor]:
+    """What is recorded, and what is minimised."""
+    distill = distill if teacher is not None else 0.0
     layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         scores = model(x)
@@ -78,13 +90,12 @@ def _step(
     if distill < 1:
         loss = loss + (1 - distill) * F.cross_entropy(scores.float(), y)
     if distill:
-        loss = loss + distill * redconvert.distillation_loss(scores, taught)
+        loss = loss + distill * redconvert.distillation_loss(scores, taught, temperature)
     row = {"task": loss.item()}
     if efficiency is not None:
         loss = loss + weight * efficiency(scores, taught if distill == 1 else y)
         row["cost"] = efficiency.costs.mean().item()
-    loss.backward()
-    return row
+    return row, loss
 
 
 def _groups(model: nn.Module, lr: float, gate_lr: float) -> list[dict[str, Any]]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +16,8 @@ from ..cost.measure import MacsMeter
 from ..errors import BudgetTooLowError, RedconvertError, require
 from ..files import write_picture
 from ..inputs import call_with, device_of, each_labelled_batch, evaluating, move_to, tensors_in, unwrapped
-from ..layers import DynamicConv, disabled, dynamic_layers
+from ..layers import disabled, dynamic_layers
+from ..layers.modes import undone_on_error
 from ..progress import progress_bar
 from .run import check_budget, clear_budget, is_constant, set_budget
 from .sensitivity import harms
@@ -154,13 +153,13 @@ def budget_curve(
         if isinstance(given, Iterator):
             raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
     points, unreachable = [], []
-    with _restored(layers) as restore, progress_bar(progress, "Trying budgets", len(wanted) + 1) as step:
+    with undone_on_error(layers.values()) as undo, progress_bar(progress, "Trying budgets", len(wanted) + 1) as step:
         answers = _Answers(dynamic, batches if test is None else test)
         clear_budget(dynamic)
         effects = harms(dynamic, batches) if is_constant(dynamic, batches) else None
         step()
         for budget in wanted:
-            restore()
+            undo()
             try:
                 set_budget(dynamic, budget, batches, by="gates" if effects is None else "layers", effects=effects)
             except BudgetTooLowError as error:
@@ -171,6 +170,7 @@ def budget_curve(
                     calibrate(dynamic, batches, decisions="gates")
                 points.append(CurvePoint(budget, *answers.compare(dynamic)))
             step()
+        undo()
     if not points:
         raise too_low
     name = type(dynamic).__name__
@@ -228,18 +228,3 @@ def _fits(labels: Any, scores: Tensor) -> bool:
 
 def _mean(parts: list[Tensor]) -> float:
     return float(torch.cat(parts).double().mean())
-
-
-@contextmanager
-def _restored(layers: dict[str, DynamicConv]) -> Iterator[Callable[[], None]]:
-    """Gates and cheap operations as they are now: at each call of what is yielded, and at the end."""
-    parts = {part: copy.deepcopy(part.state_dict()) for layer in layers.values() for part in layer.added_modules()}
-
-    def restore() -> None:
-        for part, state in parts.items():
-            part.load_state_dict(state)
-
-    try:
-        yield restore
-    finally:
-        restore()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections import Counter
@@ -22,6 +21,7 @@ from ..layers import DynamicConv, Observation, dynamic_layers, forced, observed
 from ..layers.absorb import pairs
 from ..layers.gate import Gate
 from ..layers.macs import layer_macs
+from ..layers.modes import undone_on_error
 from ..progress import Step, progress_bar
 from .allocate import Choice, allocate
 from .difficulty import measure_difficulty
@@ -159,7 +159,7 @@ def _running(dynamic: nn.Module, batches: Any, progress: bool, what: str) -> Ite
         raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
     dynamic = unwrapped(dynamic)
     layers = dynamic_layers(dynamic)
-    with _undone_on_error(layers), ExitStack() as stack:
+    with undone_on_error(layers.values()), ExitStack() as stack:
         stack.enter_context(forced(dynamic))  # nothing is: gates decide
         step = stack.enter_context(progress_bar(progress, what))
         meter = EfficiencyLoss(dynamic)
@@ -341,14 +341,3 @@ def _grid(table: Prices) -> list[list[float]]:
     for (i, _), costs in sorted(table.items()):
         rows.setdefault(i, []).append(costs[0])
     return list(rows.values())
-
-
-@contextmanager
-def _undone_on_error(layers: dict[str, DynamicConv]) -> Iterator[None]:
-    before = {layer: copy.deepcopy(layer.gate.state_dict()) for layer in layers.values()}
-    try:
-        yield
-    except BaseException:
-        for layer, state in before.items():
-            layer.gate.load_state_dict(state)
-        raise

@@ -23,7 +23,8 @@ LARGEST = 3000  # predictors (channels times taps) up to which a regression on p
 POSITIONS = (64, 512)  # of one sample's output that are read: at least, at most
 LEAST_SLOPE = 0.1  # of the mean: what a norm all but removes need not make up for anything
 ROWS_PER_PREDICTOR = 1  # before fewer rows the start stands
-STRENGTHS = (1.0, 10.0, 100.0, 1000.0)  # of the ridge, tried on samples that were not solved with
+STRENGTHS = (1000.0, 100.0, 10.0, 1.0)  # of the ridge, tried on samples that were not solved with
+JUDGES = 64  # of the reader's results, by which the strength is chosen
 FOLDS = 2
 
 
@@ -69,18 +70,24 @@ class AbsorbedMoments:
         layer: the reader.
         ridge: the least, relative to the mean variance of the predictors.
         norm: the batch norm between the layer and the sum, if there is one.
+        dense: whether `add_dense` will be called, or `mend`. Channels of the candidates are nested, and so are sums
+            over patches of the dense network's: those of the largest candidate hold all others.
     """
 
-    def __init__(self, layer: DynamicConv, ridge: float, norm: nn.Module | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, layer: DynamicConv, ridge: float, norm: nn.Module | None = None, *, dense: bool = False, seed: int = 0
+    ) -> None:
         assert layer.reads_from is not None
         self.layer, self.ridge, self.slope = layer, ridge, _slope(layer, norm)
         self.generator = torch.Generator().manual_seed(seed)
-        taps, device = layer.weight[0, 0].numel(), layer.weight.device
+        taps = layer.weight[0, 0].numel()
         sizes = {i: 1 + kept * taps for i, kept in enumerate(layer.reads_from.channels) if i}
+        sizes = {i: size for i, size in sizes.items() if size <= LARGEST}
+        # Rows: targets, the constant, patches; columns: the constant, patches.
+        self.stored = [self._zeros(size) for size in ([*sizes.values()][:1] if dense else sizes.values())]
+        each = len(sizes) * self.stored if dense else self.stored
         self.sums = {
-            i: torch.zeros(FOLDS, size + layer.out_channels, size, dtype=torch.float64, device=device)
-            for i, size in sizes.items()
-            if size <= LARGEST
+            i: sums[:, : layer.out_channels + size, :size] for (i, size), sums in zip(sizes.items(), each, strict=True)
         }
         self.start = {i: self._weights(i) for i in self.sums}
         self.samples = 0
@@ -89,15 +96,8 @@ class AbsorbedMoments:
 
     def add_dense(self, x: Tensor, y: Tensor) -> None:
         """Add one call of the dense network, ``(N, C_in, ...)`` and ``(N, C_out, ...)``, to all candidates."""
-        if not self.sums:
-            return
-        most = min(self.sums)  # candidates are nested: the sums of the smaller ones are part of the largest one's
-        found, size = self._products(most, x, y), self.sums[most].shape[2]
-        for sums in self.sums.values():
-            part = torch.arange(sums.shape[2], device=found.device)
-            part[-1] = size - 1  # the constant
-            rows = torch.cat([part, torch.arange(size, found.shape[1], device=found.device)])
-            sums += found[:, rows][:, :, part]
+        for sums in self.stored:
+            sums += self._products(min(self.sums), x, y)
 
     def mend(self, x: Tensor, out: Tensor, decisions: Sequence[Decision], added: Tensor | None = None) -> Tensor:
         """Add one call's input and result, both of the dense stream and then of the reduced one; the mended result.
@@ -128,7 +128,7 @@ class AbsorbedMoments:
 
     def synchronize(self) -> None:
         """Sum over processes, where there are several."""
-        for sums in self.sums.values():
+        for sums in self.stored:
             sum_over_processes(sums)
 
     def apply(self) -> None:
@@ -139,27 +139,31 @@ class AbsorbedMoments:
 
     @property
     def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(sums).all()) for sums in self.sums.values())
+        return all(bool(torch.isfinite(sums).all()) for sums in self.stored)
+
+    def _zeros(self, size: int) -> Tensor:
+        return torch.zeros(
+            FOLDS, self.layer.out_channels + size, size, dtype=torch.float64, device=self.layer.weight.device
+        )
 
     def _rows(self, index: int) -> float:
-        size = self.sums[index].shape[2]
-        return float(self.sums[index][:, size - 1, size - 1].sum())
+        return float(self.sums[index][:, self.layer.out_channels, 0].sum())
 
     @torch.no_grad()
     def _weights(self, index: int) -> Tensor:
-        """W_i and b_i as they stand, ``(C_out, k * taps + 1)``."""
+        """b_i and W_i as they stand, ``(C_out, 1 + k * taps)``."""
         layer = self.layer
         assert layer.reads_from is not None and layer.cheap_in is not None
         weight, bias = layer.cheap_in.filter(
             index, layer.recipe.weight(layer).double(), layer.bias, layer.reads_from.kept(index)
         )
-        return torch.cat([weight.flatten(1), bias[:, None].double()], dim=1)
+        return torch.cat([bias[:, None].double(), weight.flatten(1)], dim=1)
 
     @torch.no_grad()
     def _products(self, index: int, x: Tensor, y: Tensor) -> Tensor:
-        """Sum of ``[p, 1, y] [p, 1]^T`` over sampled positions, p the patches of candidate ``index``'s channels.
+        """Sum of ``[y, 1, p] [1, p]^T`` over sampled positions, p the patches of candidate ``index``'s channels.
 
-        One for every second sample, one for the others: ``(2, k * taps + 1 + C_out, k * taps + 1)``.
+        One for every second sample, one for the others: ``(2, C_out + 1 + k * taps, 1 + k * taps)``.
         """
         assert self.layer.reads_from is not None
         x = x.detach().index_select(1, self.layer.reads_from.kept(index)).float()
@@ -168,11 +172,11 @@ class AbsorbedMoments:
         frames, samples = self.layer.frames_per_sample, len(x) // self.layer.frames_per_sample
         fold = (self.samples + torch.arange(samples, device=x.device)).repeat_interleave(frames) % FOLDS
         self.samples += samples
-        joint = torch.cat([patches, torch.ones_like(patches[:, :1]), targets], dim=1)
+        joint = torch.cat([targets, torch.ones_like(patches[:, :1]), patches], dim=1)
         found = []
         for each in range(FOLDS):
             rows = joint[fold == each].transpose(0, 1).flatten(1)
-            found.append((rows @ rows[: patches.shape[1] + 1].T).double())
+            found.append((rows @ rows[targets.shape[1] :].T).double())
         return torch.stack(found)
 
     def _positions(self, index: int, y: Tensor) -> int:
@@ -194,47 +198,56 @@ class AbsorbedMoments:
         if torch.isfinite(solution).all():
             own = layer.recipe.weight(layer).double().index_select(1, layer.reads_from.kept(index))
             bias = 0 if layer.bias is None else layer.bias.double()
-            _set(layer, index, solution[:, :-1].view_as(own) - own, solution[:, -1] - bias)
+            _set(layer, index, solution[:, 1:].view_as(own) - own, solution[:, 0] - bias)
             self.solved[index] = count
 
     def _strength(self, index: int) -> float:
-        """The ridge with which each fold's solution errs least on the other fold; infinite: the start errs less."""
-        folds, start = self.sums[index].float(), self.start[index].float()
-        if not self.ridge or (folds[:, start.shape[1] - 1, start.shape[1] - 1] == 0).any():
+        """The ridge with which each fold's solution errs least on the other fold; infinite: the start errs less.
+
+        From the strongest on, as long as a weaker one does better; on some of the results, which say as much as all.
+        """
+        size, outputs = self.start[index].shape[1], self.layer.out_channels
+        judges = torch.linspace(0, outputs - 1, min(JUDGES, outputs), device=self.layer.weight.device).long()
+        rows = torch.cat([judges, torch.arange(outputs, outputs + size, device=judges.device)])
+        folds, start = self.sums[index][:, rows].float(), self.start[index][judges].float()
+        if not self.ridge or (folds[:, len(judges), 0] == 0).any():
             return self.ridge
-        errors = {math.inf: sum(_error(fold, start) for fold in folds)}
+        best, least = math.inf, sum(_error(fold, start) for fold in folds)
         for strength in (self.ridge * times for times in STRENGTHS):
             solutions = [_ridge(fold, start, strength) for fold in folds]
-            errors[strength] = sum(_error(fold, other) for fold, other in zip(folds, reversed(solutions), strict=True))
-        return min(errors, key=lambda strength: errors[strength] if math.isfinite(errors[strength]) else math.inf)
+            error = sum(_error(fold, other) for fold, other in zip(folds, reversed(solutions), strict=True))
+            if not error < least:  # nor where it is NaN
+                break
+            best, least = strength, error
+        return best
 
 
 def _ridge(sums: Tensor, start: Tensor, strength: float) -> Tensor:
-    """The solution ``(C_out, P)`` of the normal equations in ``sums (P + C_out, P)``, pulled towards ``start``.
+    """The solution ``(C_out, P)`` of the normal equations in ``sums (C_out + P, P)``, pulled towards ``start``.
 
-    The last predictor is the constant, which is not pulled. NaN where the equations have no solution.
+    The first predictor is the constant, which is not pulled. NaN where the equations have no solution.
     """
-    size = start.shape[1]
     if math.isinf(strength):
         return start
-    within, across = _averages(sums, size)
-    damping = (strength * within.diagonal()[:-1].mean()).expand(size).clone()
-    damping[-1] = torch.finfo(torch.float32).tiny
+    across, within = _averages(sums)
+    damping = (strength * within.diagonal()[1:].mean()).expand(len(within)).clone()
+    damping[0] = torch.finfo(torch.float32).tiny
     factor, failed = torch.linalg.cholesky_ex(within + damping.diag())
     if failed:
         return torch.full_like(start, math.nan)
     return torch.cholesky_solve((across + start * damping).T, factor).T
 
 
-def _averages(sums: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Mean products of the P predictors with each other ``(P, P)``, and of the targets with them ``(C_out, P)``."""
-    count = sums[size - 1, size - 1]  # of the constant with itself
-    return sums[:size] / count, sums[size:] / count
+def _averages(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean products of targets with the P predictors ``(C_out, P)``, and of those with each other ``(P, P)``."""
+    across, within = sums.tensor_split([len(sums) - sums.shape[1]])
+    count = within[0, 0]  # of the constant with itself
+    return across / count, within / count
 
 
 def _error(sums: Tensor, solution: Tensor) -> float:
     """Of what ``sums`` was taken of: its mean squared error, less a constant."""
-    within, across = _averages(sums, solution.shape[1])
+    across, within = _averages(sums)
     return float(((solution @ within - 2 * across) * solution).sum())
 
 

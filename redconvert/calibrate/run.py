@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,6 +18,7 @@ from ..errors import RedconvertError
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in, unwrapped
 from ..layers import Decision, DynamicConv, dynamic_layers, forced, observed
 from ..layers.absorb import pairs
+from ..layers.modes import undone_on_error
 from ..progress import Step, progress_bar
 from .absorb import AbsorbedMoments, start_absorbed
 from .match import MatchedVariance
@@ -105,7 +105,7 @@ def calibrate(
     passes = (decisions == "candidates") + rounds * len(reductions) + len(absorbed) + len(matched)
     with (
         evaluating(dynamic),
-        _undone_on_error(layers),
+        undone_on_error(layers.values()),
         progress_bar(progress, "Calibrating", passes * _count_batches(batches) or None) as run.step,
     ):
         explained = run.first_pass() if decisions == "candidates" else {}
@@ -265,7 +265,10 @@ class _Run:
 
     def absorb(self, reduced: Reduced | None) -> None:
         """Solve for the weights of readers: of the dense network, or each behind those that are mended."""
-        found = {reader: AbsorbedMoments(reader, self.ridge, self.norms[reader]) for reader in self.readers.values()}
+        found = {
+            reader: AbsorbedMoments(reader, self.ridge, self.norms[reader], dense=reduced is None)
+            for reader in self.readers.values()
+        }
         heads, inputs = set(self.shortcuts.values()), dict[Any, Tensor]()
 
         def mend(layer: DynamicConv, x: Tensor, out: Tensor, decisions: list[Decision]) -> Tensor | None:
@@ -371,20 +374,6 @@ def _share(left: Tensor, total: Tensor) -> float:
 def _twice(inputs: Any) -> Any:
     """Every tensor of the inputs, twice along the batch axis."""
     return tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs)
-
-
-@contextmanager
-def _undone_on_error(layers: dict[str, DynamicConv]) -> Iterator[None]:
-    """Whatever stops a calibration, the cheap operations are then what they were before it."""
-    each = [(layer.cheap_c, layer.cheap_t, layer.cheap_in) for layer in layers.values()]
-    parts = [part for group in each for part in group if part is not None]
-    before = [copy.deepcopy(part.state_dict()) for part in parts]
-    try:
-        yield
-    except BaseException:
-        for part, state in zip(parts, before, strict=True):
-            part.load_state_dict(state)
-        raise
 
 
 def _count_batches(batches: Any) -> int:

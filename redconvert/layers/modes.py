@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..errors import RedconvertError
 from ..inputs import unwrapped
 from .base import DynamicConv, Forced, Observation
 
-__all__ = ["attributes", "disabled", "dynamic_layers", "forced", "observed", "resting_gates"]
+__all__ = ["attributes", "disabled", "dynamic_layers", "forced", "observed", "resting_gates", "undone_on_error"]
 
 
 def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
@@ -89,6 +90,25 @@ def observed(model: nn.Module, listener: Callable[[DynamicConv, Observation], No
         for layer in dynamic_layers(model).values():
             stack.enter_context(attributes([layer], observers=(*layer.observers, listener)))
         yield model
+
+
+@contextmanager
+def undone_on_error(layers: Iterable[DynamicConv]) -> Iterator[Callable[[], None]]:
+    """Whatever stops the block, gates and cheap operations are then what they were before it.
+
+    What is yielded puts them back at any time.
+    """
+    before = [(part, copy.deepcopy(part.state_dict())) for layer in layers for part in layer.added_modules()]
+
+    def undo() -> None:
+        for part, state in before:
+            part.load_state_dict(state)
+
+    try:
+        yield undo
+    except BaseException:
+        undo()
+        raise
 
 
 @contextmanager

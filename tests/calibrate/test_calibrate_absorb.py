@@ -135,6 +135,48 @@ def test_least_squares_reach_the_optimum():
     assert source.hands_to is reader.reads_from
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_sums_of_smaller_candidates_are_part_of_the_largest_ones(dims):
+    """Of the dense network one matrix is kept: what each candidate sees of it is what it would have summed itself."""
+    x = torch.randn(6, 3, 4, 4, 4)[(..., *(0,) * (3 - dims))]
+    dynamic = converted(network(dims, padding=1), x, search_space=3)
+    source, reader = pair(dynamic)
+    read = torch.randn(6, 8, *x.shape[2:])
+    with torch.no_grad():
+        wanted = nn.functional.conv2d if dims == 2 else nn.functional.conv3d
+        y = wanted(read, reader.weight, reader.bias, padding=1)
+    shared, own = AbsorbedMoments(reader, 1e-3, dense=True), AbsorbedMoments(reader, 1e-3)
+    for part in (slice(0, 3), slice(3, 6)):
+        shared.add_dense(read[part], y[part])
+    assert len(shared.stored) == 1 and len(own.stored) == len(shared.sums) == 2
+    for index, kept in enumerate(source.cheap_c.channels[1:], start=1):
+        size = 1 + kept * 3**dims
+        direct = own._products(index, read, y)
+        assert shared.sums[index].shape == direct.shape == (2, 6 + size, size)
+        torch.testing.assert_close(shared.sums[index].sum(0), direct.sum(0), atol=1e-3, rtol=1e-5)
+        assert float(shared.sums[index][:, 6, 0].sum()) == y[:, 0].numel()
+
+
+def test_the_strength_is_the_best_of_all():
+    """The search from the strongest ridge on stops where trying every one would find the least error."""
+    module = sys.modules["redconvert.calibrate.absorb"]
+    for seed, noise in ((0, 0.0), (1, 0.3), (2, 3.0), (3, 30.0)):
+        torch.manual_seed(seed)
+        dynamic = converted(network(source=24, padding=1), torch.randn(2, 3, 6, 6))
+        _, reader = pair(dynamic)
+        moments = AbsorbedMoments(reader, 1e-3, dense=True)
+        read = torch.randn(12, 24, 6, 6)
+        with torch.no_grad():
+            y = nn.functional.conv2d(read, reader.weight, reader.bias, padding=1)
+        moments.add_dense(read, y + noise * torch.randn_like(y))
+        folds, start = moments.sums[1].float(), moments.start[1].float()
+        errors = {torch.inf: sum(module._error(fold, start) for fold in folds)}
+        for times in module.STRENGTHS:
+            each = [module._ridge(fold, start, 1e-3 * times) for fold in folds]
+            errors[1e-3 * times] = module._error(folds[0], each[1]) + module._error(folds[1], each[0])
+        assert moments._strength(1) == min(errors, key=errors.get)
+
+
 def test_open_gates_stay_exact():
     x = torch.randn(8, 3, 6, 6)
     model = network()
