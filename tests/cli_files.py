@@ -8,7 +8,7 @@ av = pytest.importorskip("av")
 images = pytest.importorskip("PIL.Image")
 np = pytest.importorskip("numpy")
 
-NETS = """
+NETS = '''
 import torch
 from torch import nn
 
@@ -20,12 +20,18 @@ def net(conv, norm, pool):
 def video():
     return net(nn.Conv3d, nn.BatchNorm3d, nn.AdaptiveAvgPool3d)
 
+def vivid():
+    """Whose answers to noise differ."""
+    model = video()
+    model[-1].weight.data.mul_(300)
+    return model
+
 def image():
     return net(nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d)
 
 def grey():
     return nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU())
-"""
+'''
 
 
 def write_video(path: Path, frames: int = 10, seed: int = 0) -> Path:

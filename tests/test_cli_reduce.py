@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import redconvert
-from redconvert.cli.reduce import _split
+from redconvert.cli.preparing import split
 from redconvert.errors import RedconvertError
 from redconvert.evaluate import spread_of_macs
 from redconvert.layers import dynamic_layers
@@ -77,8 +77,8 @@ def test_images(command):
 def test_nothing_is_saved_where_no_budget_serves(command, monkeypatch):
     from redconvert.budget import curve
 
-    original = curve._Answers.compare
-    monkeypatch.setattr(curve._Answers, "compare", lambda *args: (original(*args)[0], 0.4, 0.1, None))
+    original = curve.Answers.compare
+    monkeypatch.setattr(curve.Answers, "compare", lambda *args: (original(*args)[0], 0.4, 0.1, None))
     code, out, err = command(*VIDEO, "--samples", 6)
     assert code == 1 and not Path("saved").exists()
     assert "at no budget do 95.0% of the answers stay: the most is 40.0%" in err and "Nothing was saved" in err
@@ -94,7 +94,7 @@ def test_nothing_is_saved_where_no_budget_serves(command, monkeypatch):
         (("--budgets", "a,b"), "--budgets: 'a,b' is not a list such as"),
         (("--budgets", "0.5,2"), "--budgets: 2 must be a share in (0, 1]"),
         (("--budget", 0.01), "below the least that this network can cost"),
-        (("--samples", 1), "one is needed to calibrate with and one to measure on"),
+        (("--samples", 1), "one is needed to work with and one to measure on"),
         (("--plot", "no/curve.png"), "there is no folder 'no'"),
     ],
 )
@@ -103,10 +103,10 @@ def test_refusals(command, options, message):
     assert code == 1 and message in err and not Path("saved").exists()
 
 
-def test_split():
+def testsplit():
     """By files where there are several; samples of one file by themselves."""
     a, b, c, d, e, f = map(Path, "abcdef")
-    assert _split([a, a, b, b, c, d, e, f, f]) == ([0, 1, 4, 5, 6], [2, 3, 7, 8])
-    assert _split([a] * 6) == ([0, 2, 3, 4], [1, 5])
+    assert split([a, a, b, b, c, d, e, f, f]) == ([0, 1, 4, 5, 6], [2, 3, 7, 8])
+    assert split([a] * 6) == ([0, 2, 3, 4], [1, 5])
     with pytest.raises(RedconvertError, match="single sample"):
-        _split([a])
+        split([a])

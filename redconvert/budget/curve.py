@@ -22,7 +22,7 @@ from ..progress import progress_bar
 from .run import check_budget, clear_budget, is_constant, set_budget
 from .sensitivity import harms
 
-__all__ = ["BudgetCurve", "CurvePoint", "budget_curve"]
+__all__ = ["Answers", "BudgetCurve", "CurvePoint", "budget_curve"]
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -44,6 +44,9 @@ class CurvePoint:
     agreement: float
     divergence: float
     accuracy: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def budget_curve(
             raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
     points, unreachable = [], []
     with undone_on_error(layers.values()) as undo, progress_bar(progress, "Trying budgets", len(wanted) + 1) as step:
-        answers = _Answers(dynamic, batches if test is None else test)
+        answers = Answers(dynamic, batches if test is None else test)
         clear_budget(dynamic)
         effects = harms(dynamic, batches) if is_constant(dynamic, batches) else None
         step()
@@ -177,7 +180,7 @@ def budget_curve(
     return BudgetCurve(name, tuple(points), tuple(unreachable), answers.samples, answers.accuracy, refit)
 
 
-class _Answers:
+class Answers:
     """The dense network's answers, and how another's compare."""
 
     def __init__(self, dynamic: nn.Module, batches: Any) -> None:

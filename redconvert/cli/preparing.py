@@ -1,9 +1,10 @@
-"""What calibrate and reduce begin with: a dynamic network, and samples of what it takes, from MODEL and --data."""
+"""What calibrate, reduce and finetune begin with: a dynamic network, and samples of its inputs from --data."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..checkpoint import load_weights
+from ..checkpoint import from_pretrained, load_weights
 from ..config import ConvertConfig
 from ..convert import convert
 from ..errors import RedconvertError, require
@@ -22,7 +23,9 @@ from .preprocess import default_normalisation, three_numbers
 from .progress import tracked
 from .samples import IMAGES, VIDEOS, Batches, Samples, choose, find_files, read_samples
 
-__all__ = ["Prepared", "Source", "check_targets", "prepare", "say_where"]
+__all__ = ["Prepared", "Source", "check_share", "check_targets", "prepare", "say_where", "split"]
+
+TEST_EVERY = 4  # of the files (or, of a single file, of the samples) one is kept to measure on
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Source:
     device: str | None
     inputs: list[str] | None
     trust: bool
+    dynamic: Path | None = None  # a saved network to go on from
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def prepare(source: Source, settings: ConvertConfig, quiet: bool) -> Prepared:
     """Open, convert and move the network, and read the samples. RedconvertError: one of them cannot be."""
     texts = ((source.mean, "--mean"), (source.std, "--std"))
     colours = [three_numbers(text, name) if text else None for text, name in texts]
-    network = _open(source.model, source.weights, source.trust)
+    network = _open(source.model, source.weights, source.trust, quiet=source.dynamic is not None)
     example, _ = inputs_and_plan(network, settings, source.inputs, quiet)
     wanted = _wanted(source.model, example, settings)
     files = find_files(source.data, wanted.suffixes)
@@ -84,7 +88,10 @@ def prepare(source: Source, settings: ConvertConfig, quiet: bool) -> Prepared:
     if read.problems:
         path, why = next(iter(read.problems.items()))
         warn(f"{len(read.problems)} of the files could not be read and are left out, the first '{path}': {why}")
-    dynamic = convert(network, settings, example_inputs=example, inplace=True)
+    if source.dynamic is None:
+        dynamic = convert(network, settings, example_inputs=example, inplace=True)
+    else:
+        dynamic = from_pretrained(network, source.dynamic, inplace=True)
     _move(dynamic, source.device)
     facts = {
         "name": source.model,
@@ -131,7 +138,7 @@ def _wanted(name: str, example: Any, settings: ConvertConfig) -> _Wanted:
     return _Wanted(shapes, 1, height, width, (*IMAGES, *VIDEOS))  # the frames of videos are images too
 
 
-def _open(model: str, weights: str | None, trust: bool) -> nn.Module:
+def _open(model: str, weights: str | None, trust: bool, quiet: bool) -> nn.Module:
     library, _, rest = model.partition(":")
     if weights is not None and library == "zoo" and not Path(weights).exists():
         from .. import zoo
@@ -140,16 +147,33 @@ def _open(model: str, weights: str | None, trust: bool) -> nn.Module:
     network = open_network(model, trust)
     if weights is not None:
         load_weights(network, weights, trust=trust)
-    elif library in ("timm", "torchvision", "pytorchvideo", "zoo") and not Path(model).exists():
+    elif not quiet and library in ("timm", "torchvision", "pytorchvideo", "zoo") and not Path(model).exists():
         warn(f"{model} has random weights, so this calibrates noise: give --weights FILE")
     return network
 
 
-def check_targets(out: Path, plot: Path | None) -> None:
-    """Before minutes of work: can the results be written?"""
+def check_share(value: float, option: str) -> float:
+    if not 0 < value <= 1:
+        raise RedconvertError(f"{option}: {value:g} must be a share in (0, 1]")
+    return value
+
+
+def split(paths: Sequence[Path]) -> tuple[list[int], list[int]]:
+    """Samples to work with and samples to measure on, of different files where there are several."""
+    files = list(dict.fromkeys(paths))
+    place = {path: index for index, path in enumerate(files)}
+    groups = [place[path] for path in paths] if len(files) > 1 else list(range(len(paths)))
+    test = [i for i, group in enumerate(groups) if group % TEST_EVERY == 1]
+    if not test:
+        raise RedconvertError("--data gives a single sample: one is needed to work with and one to measure on")
+    return [i for i in range(len(paths)) if i not in set(test)], test
+
+
+def check_targets(out: Path, plot: Path | None, mark: str | None = None) -> None:
+    """Before minutes of work: can the results be written? A folder that holds the file ``mark`` is ours."""
     if out.exists() and not out.is_dir():
         raise RedconvertError(f"--out: '{out}' is a file: give a folder")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()) and not (mark and (out / mark).exists()):
         try:
             ours = json.loads((out / "config.json").read_text(encoding="utf-8"))["format"] == "redconvert"
         except (OSError, ValueError, KeyError, TypeError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +44,7 @@ from .options import (
     Weights,
     read_config,
 )
-from .preparing import Prepared, Source, check_targets, prepare, say_where
+from .preparing import Prepared, Source, check_share, check_targets, prepare, say_where, split
 from .progress import shown
 
 __all__ = ["reduce"]
@@ -53,7 +52,6 @@ __all__ = ["reduce"]
 BUDGETS = "0.95,0.9,0.85,0.8,0.7,0.6"
 # Of the channels, where the options name no candidates: without training halves are too coarse.
 SHARES = (0.875, 0.75, 0.625, 0.5)
-TEST_EVERY = 4  # of the files (or, of a single file, of the samples) one is kept to measure on
 
 
 @app.command()
@@ -97,13 +95,13 @@ def reduce(
     if config is None and search_space is None:
         settings = replace(settings, shares=SHARES)
     check_targets(out, plot)
-    wanted = _shares(budgets) if budget is None else [_share(budget, "--budget")]
+    wanted = _shares(budgets) if budget is None else [check_share(budget, "--budget")]
     if agreement is not None and budget is not None:
         raise RedconvertError("--agreement and --budget exclude each other: the one asks for the other")
-    stay = 0.95 if agreement is None else _share(agreement, "--agreement")
+    stay = 0.95 if agreement is None else check_share(agreement, "--agreement")
     source = Source(model, [*data, *(more or ())], weights, samples, step, mean, std, device, inputs, trust)
     ready = prepare(source, settings, as_json)
-    kept, tested = _split(ready.read.paths)
+    kept, tested = split(ready.read.paths)
     fit, test = ready.batches(batch_size, kept), ready.batches(batch_size, tested)
     calibrate(ready.dynamic, fit, progress=shown(as_json))
     curve = budget_curve(ready.dynamic, fit, wanted, test=test, refit=True, progress=shown(as_json))
@@ -121,29 +119,12 @@ def reduce(
     _show(curve, chosen, ready, facts, as_json)
 
 
-def _share(value: float, option: str) -> float:
-    if not 0 < value <= 1:
-        raise RedconvertError(f"{option}: {value:g} must be a share in (0, 1]")
-    return value
-
-
 def _shares(text: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise RedconvertError(f"--budgets: '{text}' is not a list such as {BUDGETS}") from error
-    return [_share(value, "--budgets") for value in values]
-
-
-def _split(paths: Sequence[Path]) -> tuple[list[int], list[int]]:
-    """Samples to calibrate with and samples to measure on, of different files where there are several."""
-    files = list(dict.fromkeys(paths))
-    place = {path: index for index, path in enumerate(files)}
-    groups = [place[path] for path in paths] if len(files) > 1 else list(range(len(paths)))
-    test = [i for i, group in enumerate(groups) if group % TEST_EVERY == 1]
-    if not test:
-        raise RedconvertError("--data gives a single sample: one is needed to calibrate with and one to measure on")
-    return [i for i in range(len(paths)) if i not in set(test)], test
+    return [check_share(value, "--budgets") for value in values]
 
 
 def _cheapest(curve: BudgetCurve, agreement: float, name: str, quiet: bool) -> CurvePoint:

@@ -63,8 +63,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[list[Tensor] | Tensor]]:
         for start in range(0, len(self.clips), self.batch_size):
-            clips = torch.stack(self.clips[start : start + self.batch_size])
-            yield (self.inputs(clips.float().div_(255).sub_(self.mean).div_(self.std)),)
+            yield (self.inputs(self.normalised(self.clips[start : start + self.batch_size])),)
+
+    def normalised(self, clips: list[Tensor]) -> Tensor:
+        """uint8 ``(3, T, H, W)`` each -> ``(N, 3, T, H, W)``."""
+        return torch.stack(clips).float().div_(255).sub_(self.mean).div_(self.std)
 
     def inputs(self, clips: Tensor) -> list[Tensor] | Tensor:
         """``(N, 3, T, H, W)`` -> what the network takes: frames in the batch of a 2D one, a list of shorter clips."""
