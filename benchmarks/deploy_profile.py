@@ -1,11 +1,11 @@
 """Where the time of a deployed network goes: convolutions, rebuilding, gates, padding, and the rest.
 
-    python benchmarks/deploy_profile.py                     # R(2+1)D-18, I3D, ResNet-50, batch 1
+    python benchmarks/deploy_profile.py                     # R(2+1)D-18, I3D, ResNet-50, batch 1; rebuilt, absorbed
     python benchmarks/deploy_profile.py --networks x3d_m
 
 The functions that do the work are timed in place, each without what it calls; a table per network says for every
-decision how many milliseconds each part takes. The stopwatch itself costs some microseconds per call. Set the allocator
-variables of CONTRIBUTING.md and stop other work.
+decision how many milliseconds each part takes. In float32 the pass that rebuilds channels computes Phi_c too. The
+stopwatch itself costs some microseconds per call. Set the allocator variables of CONTRIBUTING.md and stop other work.
 """
 
 from __future__ import annotations
@@ -74,11 +74,12 @@ class Stopwatch:
 
 
 @torch.no_grad()
-def profile(name: str) -> dict[str, dict[str, float]]:
+def profile(name: str, absorb: bool) -> dict[str, dict[str, float]]:
     """By decision: GMACs, and milliseconds of the whole call (a median, without stopwatch) and of each part."""
     torch.manual_seed(0)
     model, inputs = NETWORKS[name](1)
-    dynamic = redconvert.convert(model.eval(), redconvert.ConvertConfig(align=16), example_inputs=inputs)
+    config = redconvert.ConvertConfig(align=16, absorb=absorb)
+    dynamic = redconvert.convert(model.eval(), config, example_inputs=inputs)
     fast = redconvert.deploy(dynamic, inputs)
     found: dict[str, dict[str, float]] = {}
     for label, mode, macs in decisions(fast, inputs):
@@ -120,9 +121,11 @@ def main() -> None:
     arguments = parser.parse_args()
     networks: dict[str, Any] = {}
     for name in arguments.networks:
-        networks[name] = profile(name)
-        show(name, networks[name])
-        write({"what": __doc__.split("\n")[0], **environment(0), "networks": networks}, arguments.out)
+        for absorb in (False, True):
+            label = f"{name}, absorbed" if absorb else name
+            networks[label] = profile(name, absorb)
+            show(label, networks[label])
+            write({"what": __doc__.split("\n")[0], **environment(0), "networks": networks}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,54 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
     for (uintptr_t at = (uintptr_t)(FROM), stop = (uintptr_t)((FROM) + (COUNT)); at < stop; at += 64)              \
         __builtin_prefetch((const void *)(at + 4096));
 
+/* z[r][j] = sum over i of y[r][i] w[i][j] for ROWS rows at once, as many sums as fit into registers. w stands in blocks of
+ * WIDTH columns, `columns` is a multiple of WIDTH. */
+typedef float vec __attribute__((vector_size(64)));
+#ifdef __AVX512F__
+#define ROWS 8
+#else
+#define ROWS 3
+#endif
+#define WIDTH 32
+#define TILE 1024 /* columns at most, and rows of w: kernels.py sees to that */
+static void product(const float *const y[ROWS], int64_t k, const float *w, int64_t columns, float *z) {
+    for (int64_t block = 0; block < columns; block += WIDTH) {
+        vec sum[ROWS][2] = {{{0}}};
+        for (int64_t i = 0; i < k; i++, w += WIDTH) {
+            vec left, right;
+            memcpy(&left, w, 64);
+            memcpy(&right, w + 16, 64);
+            for (int r = 0; r < ROWS; r++) {
+                sum[r][0] += y[r][i] * left;
+                sum[r][1] += y[r][i] * right;
+            }
+        }
+        for (int r = 0; r < ROWS; r++) memcpy(z + r * columns + block, sum[r], 128);
+    }
+}
+
+/* The same for rows of any type, `count` of them: the last stands for those that are missing. */
+#define PRODUCT(T)                                                                                                 \
+    static void product_##T(const TYPE_##T *y, int64_t count, int64_t k, const float *w, int64_t columns,          \
+                            TYPE_##T *tile) {                                                                      \
+        float wide[NARROW_##T ? ROWS * TILE : 1], z[NARROW_##T ? ROWS * TILE : 1];                                 \
+        const float *rows[ROWS];                                                                                   \
+        if (NARROW_##T)                                                                                            \
+            for (int64_t i = 0; i < count * k; i++) wide[i] = LOAD_##T(y[i]);                                      \
+        for (int64_t r = 0; r < ROWS; r++)                                                                         \
+            rows[r] = (NARROW_##T ? wide : (const float *)y) + (r < count ? r : count - 1) * k;                    \
+        product(rows, k, w, columns, NARROW_##T ? z : (float *)tile);                                              \
+        if (NARROW_##T)                                                                                            \
+            for (int64_t i = 0; i < count * columns; i++) tile[i] = STORE_##T(z[i]);                               \
+    }
+
+#define TYPE_f32 float
+#define TYPE_bf16 uint16_t
+#define NARROW_f32 0
+#define NARROW_bf16 1
+PRODUCT(f32)
+PRODUCT(bf16)
+
 /* to[c] = act(value(c) + residual[c]) for the channels from begin to end */
 #define FINISH(T, VALUE)                                                                                           \
     if (residual)                                                                                                  \
@@ -48,7 +96,7 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
         }
 
 /* assemble: out[row][c] = act(scale[c] * in[source[c]] + shift[c] + residual[row][c]), where in holds the k computed
- * channels of the row and then the d rebuilt ones. pieces are (begin, end, from): channels that stand in a run of one
+ * channels of the row and then the d rebuilt ones: z, or y w, computed here where w is given. pieces are (begin, end, from): channels that stand in a run of one
  * input from `from` on, or, where from is negative, are gathered one by one.
  *
  * fill: from every stride-th frame y to all of them. Frame s * stride + d of a clip is
@@ -93,28 +141,35 @@ static inline uint16_t narrow(float value) { /* to the nearest, ties to even, as
         for (int64_t c = 0; c < width; c++) LARGER(VALUE, BEST)
 
 #define DEFINE(T, E)                                                                                               \
-    void assemble_##T(const E *y, int64_t k, const E *z, int64_t d, const int32_t *pieces, int64_t num_pieces,     \
-                      const int32_t *source, const float *scale, const float *shift, const E *residual, int relu,  \
-                      int64_t frames, int64_t positions, int64_t channels, E *out, float *pooled) {                \
+    void assemble_##T(const E *y, int64_t k, const E *z, int64_t d, const float *w, const int32_t *pieces,         \
+                      int64_t num_pieces, const int32_t *source, const float *scale, const float *shift,           \
+                      const E *residual, int relu, int64_t frames, int64_t positions, int64_t channels, E *out,    \
+                      float *pooled) {                                                                             \
         int gathers = 0;                                                                                           \
         for (int64_t p = 0; p < num_pieces; p++) gathers |= pieces[3 * p + 2] < 0;                                 \
         FOR_EACH_PART(frames, positions)                                                                           \
         float in[LIMIT], sum[LIMIT];                                                                               \
+        E tile[ROWS * TILE];                                                                                       \
         memset(sum, 0, sizeof(float) * channels);                                                                  \
-        for (int64_t row = frame * positions + first; row < frame * positions + last; row++) {                     \
+        const int64_t begin_row = frame * positions + first, end_row = frame * positions + last;                   \
+        for (int64_t row = begin_row; row < end_row; row++) {                                                      \
             E *to = out + row * channels;                                                                          \
+            const int64_t within = (row - begin_row) % ROWS;                                                       \
+            const E *rebuilt = w ? tile + within * d : z + row * d;                                                \
+            if (w && within == 0)                                                                                  \
+                product_##T(y + row * k, end_row - row < ROWS ? end_row - row : ROWS, k, w, d, tile);              \
             AHEAD(y + row * k, k)                                                                                  \
             if (residual) AHEAD(residual + row * channels, channels)                                               \
             if (gathers) {                                                                                         \
                 for (int64_t c = 0; c < k; c++) in[c] = LOAD_##T(y[row * k + c]);                                  \
-                for (int64_t c = 0; c < d; c++) in[k + c] = LOAD_##T(z[row * d + c]);                              \
+                for (int64_t c = 0; c < d; c++) in[k + c] = LOAD_##T(rebuilt[c]);                                  \
             }                                                                                                      \
             for (int64_t p = 0; p < num_pieces; p++) {                                                             \
                 int64_t begin = pieces[3 * p], end = pieces[3 * p + 1], from = pieces[3 * p + 2];                  \
                 if (from < 0) {                                                                                    \
                     FINISH(T, scale[c] * in[source[c]] + shift[c])                                                 \
                 } else {                                                                                           \
-                    const E *run = from < k ? y + row * k + from : z + row * d + from - k;                         \
+                    const E *run = from < k ? y + row * k + from : rebuilt + from - k;                             \
                     FINISH(T, scale[c] * LOAD_##T(run[c - begin]) + shift[c])                                      \
                 }                                                                                                  \
             }                                                                                                      \

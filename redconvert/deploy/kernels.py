@@ -19,11 +19,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Assembly", "Filling", "GateLayers", "Triple", "addresses", "compiled", "max_pool", "pool_into"]
+__all__ = [
+    "Assembly",
+    "Filling",
+    "GateLayers",
+    "Triple",
+    "addresses",
+    "compiled",
+    "max_pool",
+    "multiplies",
+    "pool_into",
+]
 
 SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "vectors.c")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 LIMIT, HIDDEN, RING = 4096, 256, 16  # channels, units of a gate, width of a pool's window: as in kernels.c
+WIDTH, TILE = 32, 1024  # columns of a block of Phi_c, the most channels of one: likewise
 RUN = 8  # channels in a row that are worth a loop of their own
 Triple = tuple[int, int, int]
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -40,15 +51,18 @@ class Assembly:
         source: ``(C_out)``, int32, indices below ``k + d``.
         scale, shift: ``(C_out)``, float32.
         pieces: ``(pieces, 3)``, int32: begin, end and source of runs; source -1 for channels without one.
+        product: Phi_c ``(d, k)``, where the rebuilt channels are to be computed in the same pass; ``rebuilt`` is then
+            not given.
     """
 
     source: Tensor
     scale: Tensor
     shift: Tensor
     pieces: Tensor
+    product: Tensor | None = None
 
     @classmethod
-    def build(cls, source: Tensor, scale: Tensor, shift: Tensor, kept: int) -> Assembly:
+    def build(cls, source: Tensor, scale: Tensor, shift: Tensor, kept: int, product: Tensor | None = None) -> Assembly:
         """With the runs of consecutive sources, which never cross from the computed to the rebuilt channels."""
         pieces: list[list[int]] = []
         listed = source.tolist()
@@ -65,7 +79,7 @@ class Assembly:
             else:
                 merged.append([begin, end, -1 if gathered else first])
         table = torch.tensor(merged, dtype=torch.int32, device=source.device)
-        return cls(source.int().contiguous(), scale.float().contiguous(), shift.float().contiguous(), table)
+        return cls(source.int().contiguous(), scale.float().contiguous(), shift.float().contiguous(), table, product)
 
     def __call__(
         self,
@@ -80,12 +94,14 @@ class Assembly:
         ``pooled (N, T, C_out)``, zeros in float32, takes the mean of the result over H and W.
         """
         k, d, channels = computed.shape[-1], 0 if rebuilt is None else rebuilt.shape[-1], self.source.shape[0]
+        if self.product is not None:
+            d = -(-len(self.product) // WIDTH) * WIDTH
         function = _function("assemble", computed, max(k + d, channels))
         if function is None:
             return pool_into(pooled, self.in_pytorch(computed, rebuilt, residual, relu))
         N, T, H, W = computed.shape[:4]
         out = computed.new_empty(N, T, H, W, channels)
-        sources = (*addresses(computed), k, *addresses(rebuilt), d)
+        sources = (*addresses(computed), k, *addresses(rebuilt), d, *addresses(self._blocks))
         function(*sources, *self._table, *addresses(residual), relu, N * T, H * W, channels, *addresses(out, pooled))
         return out
 
@@ -94,8 +110,18 @@ class Assembly:
         """What never changes of the C function's arguments."""
         return *addresses(self.pieces), len(self.pieces), *addresses(self.source, self.scale, self.shift)
 
+    @functools.cached_property
+    def _blocks(self) -> Tensor | None:
+        """Phi_c as C reads it: blocks of WIDTH of its results, ``(blocks, k, WIDTH)``, float32."""
+        if self.product is None:
+            return None
+        padded = F.pad(self.product.float(), (0, 0, 0, -len(self.product) % WIDTH))
+        return padded.unflatten(0, (-1, WIDTH)).transpose(1, 2).contiguous()
+
     def in_pytorch(self, computed: Tensor, rebuilt: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
         """The same, pass after pass."""
+        if self.product is not None:
+            rebuilt = computed @ self.product.T.to(computed.dtype)
         x = computed if rebuilt is None else torch.cat([computed, rebuilt], dim=-1)
         x = torch.addcmul(self.shift.to(x.dtype), x.index_select(-1, self.source), self.scale.to(x.dtype))
         x = x if residual is None else x.add_(residual)
@@ -198,6 +224,12 @@ class GateLayers:
         return *first, len(self.b1), *second, len(self.b2)
 
 
+def multiplies(weight: Tensor) -> bool:
+    """Whether an `Assembly` is to compute with Phi_c, ``(d, k, ...)``: oneDNN is faster in bfloat16."""
+    fits = weight.dtype == torch.float32 and max(weight.shape[:2]) <= TILE
+    return fits and _function("assemble", weight, max(weight.shape[:2])) is not None
+
+
 def pool_into(pooled: Tensor | None, x: Tensor) -> Tensor:
     """x, whose mean over H and W is added to ``pooled``, where there is one."""
     if pooled is not None:
@@ -233,7 +265,16 @@ def compiled() -> ctypes.CDLL | None:
     pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for kind in TYPES.values():
         for name, arguments in {
-            "assemble": [*(pointer, number) * 3, *(pointer,) * 4, flag, *(number,) * 3, pointer, pointer],
+            "assemble": [
+                *(pointer, number) * 2,
+                *(pointer,) * 2,
+                number,
+                *(pointer,) * 4,
+                flag,
+                *(number,) * 3,
+                pointer,
+                pointer,
+            ],
             "fill": [pointer, *(number,) * 4, *(pointer,) * 3, flag, number, number, pointer, pointer],
             "max_pool": [*(pointer,) * 3, ctypes.c_float, number, pointer],
             "gate": [pointer, *(number,) * 3, pointer, pointer, number, pointer, pointer, number, pointer],

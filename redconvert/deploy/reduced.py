@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layers.cheap import Depthwise, Nothing, Pointwise, Scale
 from .absorbed import absorbed_filter
-from .kernels import Assembly
+from .kernels import Assembly, multiplies
 from .pack import Filter, PackedConv
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def reduce(unit: Unit, channel: int, source: int) -> Reduced:
         outs, ins = len(order) // unit.filter.groups, unit.filter.weight.shape[1]
         groups = order[:kept:outs] // outs
         inputs = (groups[:, None] * ins + torch.arange(ins, device=order.device)).flatten()
+    product = None
     index = torch.arange(len(order), device=order.device)
     scale, shift = unit.scale[order], unit.shift[order]  # in ranks
     cheap = cheap_source = None
@@ -53,6 +54,8 @@ def reduce(unit: Unit, channel: int, source: int) -> Reduced:
         scale[dropped] *= op.weight.detach().to(scale.dtype)
     else:
         weight, bias = op.weight.detach().to(scale.dtype), op.bias.detach().to(scale.dtype)
+        shift = shift.clone()
+        shift[dropped] += scale[dropped] * bias
         pad, groups_c = (0, 0, 0), 1
         if isinstance(op, Depthwise):
             cheap_source, pad, groups_c = op.source, (0, 1, 1), len(weight)
@@ -60,8 +63,11 @@ def reduce(unit: Unit, channel: int, source: int) -> Reduced:
         weight = (
             weight.view(len(weight), -1, 1, *weight.shape[2:]) if weight.dim() == 4 else weight[..., None, None, None]
         )
-        cheap = unit.pack(Filter(weight, bias, (1, 1, 1), pad, (1, 1, 1), groups_c), f"cheap {channel}")
+        if isinstance(op, Pointwise) and multiplies(weight):
+            product = weight.flatten(1)
+        else:
+            cheap = unit.pack(Filter(weight, None, (1, 1, 1), pad, (1, 1, 1), groups_c), f"cheap {channel}")
     inverse = order.argsort()
-    assembly = Assembly.build(index[inverse], scale[inverse], shift[inverse], kept)
+    assembly = Assembly.build(index[inverse], scale[inverse], shift[inverse], kept, product)
     filter = absorbed_filter(unit.layer, unit.filter, source)
     return Reduced(filter.pick(order[:kept]), inputs, cheap, cheap_source, assembly)

@@ -57,6 +57,27 @@ def test_assembly(dtype, kept, rebuilt, frames, width, relu, with_residual, rand
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 23), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_assembly_with_a_product(dtype, kept, dropped, width, relu, with_residual):
+    """Phi_c in the same pass: rows beyond a multiple of what is taken at once, odd channels, bfloat16."""
+    torch.manual_seed(kept)
+    order, shape = torch.randperm(kept + dropped), (2, 2, 1, width)
+    phi = torch.randn(dropped, kept) / kept**0.5
+    assembly = Assembly.build(order, torch.randn(len(order)), torch.randn(len(order)), kept, phi)
+    y = torch.randn(*shape, kept, dtype=dtype)
+    residual = torch.randn(*shape, len(order), dtype=dtype) if with_residual else None
+    ours = torch.zeros(2, 2, len(order))
+    found = assembly(y, None, residual, relu, ours)
+    rebuilt = (y.double() @ phi.double().T).to(dtype)
+    x = torch.cat([y, rebuilt], dim=-1)[..., order].float() * assembly.scale + assembly.shift
+    x = x if residual is None else x + residual.float()
+    assert close(found, (x.relu() if relu else x).to(dtype))
+    assert close(assembly.in_pytorch(y, None, residual, relu), found)
+    assert torch.allclose(ours, found.float().mean((2, 3)), atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 20), st.booleans(), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_filling(dtype, stride, held, channels, relu, with_residual):
