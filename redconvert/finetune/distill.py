@@ -15,7 +15,10 @@ from ..convert import revert
 from ..errors import RedconvertError
 from ..inputs import call_with, evaluating, tensors_in
 
-__all__ = ["distillation_loss", "frozen_original", "teach"]
+__all__ = ["TEMPERATURE", "distillation_loss", "frozen_original", "teach"]
+
+# Of what it was trained on a network is so sure that at 1 its answers say little more than the labels do.
+TEMPERATURE = 16.0
 
 
 def frozen_original(dynamic: nn.Module) -> nn.Module:
@@ -40,11 +43,12 @@ def teach(teacher: Callable[..., Any], inputs: Any) -> Any:
         return call_with(teacher, inputs)  # type: ignore[arg-type]
 
 
-def distillation_loss(outputs: Any, wanted: Any, temperature: float = 1.0) -> Tensor:
+def distillation_loss(outputs: Any, wanted: Any, temperature: float = TEMPERATURE) -> Tensor:
     """How far ``outputs`` are from the teacher's, a scalar.
 
     Class scores ``(N, classes, ...)``: ``t^2 KL(softmax(wanted / t) || softmax(outputs / t))``, averaged over all
-    but the class axis. Several outputs (tuples, dicts): the sum over their floating tensors.
+    but the class axis; the higher the temperature t, the nearer to a regression of the scores. Several outputs (tuples,
+    dicts): the sum over their floating tensors.
 
     Raises:
         RedconvertError: outputs of other shapes than the teacher's.
@@ -59,9 +63,11 @@ def distillation_loss(outputs: Any, wanted: Any, temperature: float = 1.0) -> Te
 def _divergence(scores: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     if scores.dim() < 2 or scores.shape[1] == 1:  # no classes: regression
         return F.mse_loss(scores, wanted)
-    student, teacher = (F.log_softmax(each / temperature, dim=1) for each in (scores, wanted))
+    # At a high temperature the terms all but cancel; Metal has no float64.
+    wide = torch.float32 if scores.device.type == "mps" else torch.float64
+    student, teacher = (F.log_softmax(each.to(wide) / temperature, dim=1) for each in (scores, wanted))
     each = F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
-    return temperature**2 * each.mean()
+    return (temperature**2 * each.mean()).float()
 
 
 def _floating(outputs: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from ..checkpoint import save_pretrained
 from ..errors import RedconvertError
 from ..layers import dynamic_layers
 from .devices import new_accelerator, tracking, unwrapped
-from .distill import frozen_original
+from .distill import TEMPERATURE, frozen_original
 from .history import History
 from .loss import EfficiencyLoss
 from .memory import recomputed
@@ -39,7 +39,7 @@ def finetune(
     efficiency: float | None = None,
     teacher: Literal["original"] | Callable[..., Any] | None = "original",
     distill: float = 0.5,
-    temperature: float = 1.0,
+    temperature: float = TEMPERATURE,
     criterion: Callable[[Any, Any], Tensor] | None = None,
     correct: Callable[[Any, Any], Tensor] | None = None,
     optimizer: str = "sgd",
@@ -79,7 +79,7 @@ def finetune(
             0 leaves it out.
         teacher: "original": a frozen dense copy of the network as it is now; or a network or function; or None.
         distill: d, the teacher's share of the task loss where there are labels.
-        temperature: of the distillation.
+        temperature: of the distillation, see `distillation_loss`.
         criterion: ``(outputs, labels) -> scalar`` instead of cross entropy.
         correct: ``(outputs, labels) -> (N)`` booleans for Eq. 6, for outputs that are not class scores.
         optimizer: "sgd" (Nesterov) or "adamw"; ``momentum`` is its first coefficient.

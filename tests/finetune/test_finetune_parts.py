@@ -108,6 +108,8 @@ def test_distillation_by_the_definition():
     both = distillation_loss({"a": ours, "b": [maps]}, {"a": wanted, "b": [others]})
     apart = distillation_loss(ours, wanted) + distillation_loss(maps, others)
     assert float(both) == pytest.approx(float(apart), rel=1e-5)
+    hot = (ours - wanted) - (ours - wanted).mean(1, keepdim=True)  # in the limit: half the variance of the differences
+    assert float(distillation_loss(ours, wanted, 1e4)) == pytest.approx(float(hot.square().mean() / 2), rel=1e-3)
     regression = distillation_loss(torch.ones(3, 1), torch.full((3, 1), 3.0))
     assert float(regression) == 4.0
     assert float(distillation_loss(ours, ours)) == pytest.approx(0, abs=1e-6)

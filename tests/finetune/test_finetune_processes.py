@@ -46,8 +46,8 @@ def clips(world: int, folder: Path) -> dict[str, Any]:
 def twice(world: int, folder: Path) -> dict[str, Any]:
     """Finetuned, then finetuned again: both runs see both processes' samples. No decision is on the brink."""
     dynamic = undecided(network(norms=False))
-    run(dynamic, loader(8, world), epochs=1, lr=0.005, target=0.8)
-    return summary(dynamic, run(dynamic, loader(8, world), epochs=2, lr=0.005, target=0.6))
+    run(dynamic, loader(8, world), epochs=1, lr=0.004, target=0.8)
+    return summary(dynamic, run(dynamic, loader(8, world), epochs=2, lr=0.004, target=0.6))
 
 
 def resumed(world: int, folder: Path) -> dict[str, Any]:
