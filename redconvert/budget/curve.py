@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from ..errors import BudgetTooLowError, RedconvertError, require
 from ..files import write_picture
 from ..inputs import call_with, device_of, each_labelled_batch, evaluating, move_to, tensors_in, unwrapped
 from ..layers import disabled, dynamic_layers
-from ..layers.modes import undone_on_error
+from ..layers.modes import remembered, undone_on_error
 from ..progress import progress_bar
 from .run import check_budget, clear_budget, is_constant, set_budget
 from .sensitivity import harms
@@ -123,9 +124,12 @@ def budget_curve(
     *,
     test: Any = None,
     refit: bool = False,
+    keep: float | None = None,
     progress: bool = False,
 ) -> BudgetCurve:
-    """Try budgets and say how many answers stay those of the dense network. The network is left as it was.
+    """Try budgets and say how many answers stay those of the dense network.
+
+    Without ``keep`` the network stays as it was.
 
     ``redconvert.set_budget`` at each budget, then a pass over ``test`` that compares the first class and the
     probabilities of every sample with those of the network within `redconvert.disabled`.
@@ -138,7 +142,9 @@ def budget_curve(
             dense network's answers to them are kept in memory.
         refit: solve for the cheap operations again at every budget, given what is reduced then
             (``redconvert.calibrate(decisions="gates")`` on ``batches``). Better answers, and a calibration's time for
-            each budget; do the same once a budget is chosen.
+            each budget.
+        keep: leave the network at the cheapest budget at which this share of the answers stays, that of
+            ``curve.cheapest(keep)``; where there is none it stays as it was.
         progress: show a bar (needs rich).
 
     Raises:
@@ -155,12 +161,15 @@ def budget_curve(
     for given in (batches, test):
         if isinstance(given, Iterator):
             raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
+    if keep is not None and not 0 <= keep <= 1:
+        raise RedconvertError(f"keep={keep!r} must be a share in [0, 1]")
     points, unreachable = [], []
     with undone_on_error(layers.values()) as undo, progress_bar(progress, "Trying budgets", len(wanted) + 1) as step:
         answers = Answers(dynamic, batches if test is None else test)
         clear_budget(dynamic)
         effects = harms(dynamic, batches) if is_constant(dynamic, batches) else None
         step()
+        taken, least = undo, math.inf
         for budget in wanted:
             undo()
             try:
@@ -171,9 +180,11 @@ def budget_curve(
             else:
                 if refit:
                     calibrate(dynamic, batches, decisions="gates")
-                points.append(CurvePoint(budget, *answers.compare(dynamic)))
+                points.append(point := CurvePoint(budget, *answers.compare(dynamic)))
+                if keep is not None and point.agreement >= keep and point.share < least:
+                    taken, least = remembered(layers.values()), point.share
             step()
-        undo()
+        taken()
     if not points:
         raise too_low
     name = type(dynamic).__name__

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from ..budget import BudgetCurve, CurvePoint, budget_curve, set_budget
+from ..budget import BudgetCurve, CurvePoint, budget_curve
 from ..calibrate import calibrate
 from ..checkpoint import save_pretrained
 from ..cost.clock import interleaved
@@ -104,12 +104,11 @@ def reduce(
     kept, tested = split(ready.read.paths)
     fit, test = ready.batches(batch_size, kept), ready.batches(batch_size, tested)
     calibrate(ready.dynamic, fit, progress=shown(as_json))
-    curve = budget_curve(ready.dynamic, fit, wanted, test=test, refit=True, progress=shown(as_json))
+    stay = stay if budget is None else 0.0
+    curve = budget_curve(ready.dynamic, fit, wanted, test=test, refit=True, keep=stay, progress=shown(as_json))
     if plot is not None:
         curve.plot(plot)
-    chosen = curve.points[0] if budget is not None else _cheapest(curve, stay, model, as_json)
-    set_budget(ready.dynamic, chosen.budget, fit)
-    calibrate(ready.dynamic, fit, decisions="gates", progress=shown(as_json))
+    chosen = _cheapest(curve, stay, model, as_json)
     save_pretrained(ready.dynamic, out)
     facts = ready.facts | {"out": str(out), "plot": None if plot is None else str(plot), "chosen": chosen.budget}
     facts["curve"] = curve.to_dict()

@@ -15,7 +15,16 @@ from ..errors import RedconvertError
 from ..inputs import unwrapped
 from .base import DynamicConv, Forced, Observation
 
-__all__ = ["attributes", "disabled", "dynamic_layers", "forced", "observed", "resting_gates", "undone_on_error"]
+__all__ = [
+    "attributes",
+    "disabled",
+    "dynamic_layers",
+    "forced",
+    "observed",
+    "remembered",
+    "resting_gates",
+    "undone_on_error",
+]
 
 
 def dynamic_layers(model: nn.Module) -> dict[str, DynamicConv]:
@@ -92,18 +101,24 @@ def observed(model: nn.Module, listener: Callable[[DynamicConv, Observation], No
         yield model
 
 
+def remembered(layers: Iterable[DynamicConv]) -> Callable[[], None]:
+    """A function that puts gates and cheap operations back to what they are now."""
+    now = [(part, copy.deepcopy(part.state_dict())) for layer in layers for part in layer.added_modules()]
+
+    def undo() -> None:
+        for part, state in now:
+            part.load_state_dict(state)
+
+    return undo
+
+
 @contextmanager
 def undone_on_error(layers: Iterable[DynamicConv]) -> Iterator[Callable[[], None]]:
     """Whatever stops the block, gates and cheap operations are then what they were before it.
 
     What is yielded puts them back at any time.
     """
-    before = [(part, copy.deepcopy(part.state_dict())) for layer in layers for part in layer.added_modules()]
-
-    def undo() -> None:
-        for part, state in before:
-            part.load_state_dict(state)
-
+    undo = remembered(layers)
     try:
         yield undo
     except BaseException:

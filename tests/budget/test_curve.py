@@ -58,6 +58,25 @@ def test_points_by_hand(gates, refit):
         assert point.agreement == pytest.approx(same) and point.accuracy == pytest.approx(right)
         assert point.divergence == pytest.approx(apart, rel=1e-3, abs=1e-7)
     assert curve.points[-1].divergence > curve.points[0].divergence >= 0
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_the_network_is_left_at_the_cheapest_that_serves(refit):
+    dynamic, data = network("2d of three"), batches("2d of three")
+    test = labelled(batches("2d", 4, seed=5))
+    before, again = copy.deepcopy(dynamic.state_dict()), copy.deepcopy(dynamic)
+    curve = budget_curve(dynamic, data, BUDGETS, test=test, refit=refit, keep=0.0)
+    set_budget(again, curve.cheapest(0.0).budget, data, by="layers")
+    if refit:
+        redconvert.calibrate(again, data, decisions="gates")
+    wanted = again.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in dynamic.state_dict().items())
+    assert not all(torch.equal(value, before[key]) for key, value in dynamic.state_dict().items())
+    dynamic.load_state_dict(before)
+    budget_curve(dynamic, data, BUDGETS[:1], test=test, refit=refit, keep=1.0)  # at which an answer changes
+    assert all(torch.equal(value, before[key]) for key, value in dynamic.state_dict().items())
+    with pytest.raises(RedconvertError, match=r"keep=95 must be a share in \[0, 1\]"):
+        budget_curve(dynamic, data, BUDGETS, keep=95)
     x, y = (torch.cat(each) for each in zip(*test, strict=True))
     with redconvert.disabled(dynamic), torch.no_grad():
         assert curve.dense_accuracy == pytest.approx(float((dynamic(x).argmax(1) == y).double().mean()))
