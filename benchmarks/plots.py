@@ -14,7 +14,7 @@ def accuracy_against_macs(result: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     axes.axhline(100 * result["original"]["accuracy"], color="gray", linestyle=":", label="pretrained, not finetuned")
-    colors = iter(pyplot.get_cmap("tab20").colors)
+    colors = iter(pyplot.get_cmap("tab10" if len(result["summary"]) <= 10 else "tab20").colors)
     for name, row in result["summary"].items():
         marker = next((m for kind, m in MARKERS.items() if name.startswith(kind)), "o")
         color = next(colors)
@@ -25,10 +25,11 @@ def accuracy_against_macs(result: dict[str, Any], path: Path) -> None:
             marker=marker, color=color, linestyle="none", label=name,
         )  # fmt: skip
         first = next(iter(result["rows"][name].values()))
-        for key, style in (("curve", "-"), ("asking_again", "--")):
+        for key, style, what in (("curve", "-", "thresholds moved"), ("asking_again", "--", "asking the original")):
             if key in first:
                 points = sorted((100 * p["share_of_dense_macs"], 100 * p["accuracy"]) for p in first[key].values())
-                axes.plot(*zip(*points, strict=True), color=color, linestyle=style, linewidth=1, alpha=0.7)
+                label = f"{name}, {what}"
+                axes.plot(*zip(*points, strict=True), color=color, linestyle=style, linewidth=1, alpha=0.7, label=label)
     schedule = result["schedule"]
     axes.set(xlabel="executed MACs, % of the dense network's", ylabel="right answers on the test set, %")
     axes.set_title(f"{schedule['network']}, {schedule['epochs']} epochs of {schedule['images']:,} images", loc="left")
