@@ -10,7 +10,9 @@ from torch import Tensor
 from .kernels import Filling
 from .pack import from_rows, to_rows
 
-__all__ = ["Frames", "full"]
+__all__ = ["GATES", "Frames", "full"]
+
+GATES = "gates"  # in the meta of a node: how many of them read it
 
 
 @dataclass
@@ -45,6 +47,10 @@ class Frames:
             rows = to_rows(self.held)
             self.filled.append(from_rows(Filling.copies(self.stride, rows)(rows, self.num_frames, None, False)))
         return self.filled[0]
+
+    def means(self) -> Tensor:
+        """`pooled`, taken now where it is not known."""
+        return to_rows(self.held).flatten(2, 3).mean(2, dtype=torch.float32) if self.pooled is None else self.pooled
 
     def replaced(self, held: Tensor, pooled: Tensor | None = None) -> Frames:
         """The same after an operation on single frames."""

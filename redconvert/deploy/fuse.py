@@ -17,6 +17,7 @@ from ..layers import DynamicConv
 from ..layers.recipes import Recipe, recipe_of
 from .absorbed import link_units, tell_who_hands_over
 from .excite import Excite, Squeeze
+from .frames import GATES
 from .pack import Filter
 from .pool import Pool
 from .unit import Batch, Unit
@@ -125,11 +126,19 @@ def _fuse_convolutions(
 
 
 def _tell_who_feeds_gates(graph: fx.Graph, units: dict[str, Unit], excites: dict[str, Excite]) -> None:
+    """Of a concatenation's parts, too, which notes how many gates read it."""
+
+    def gates(node: fx.Node) -> int:
+        readers = [units[user.target] for user in node.users if user.target in units and user.args[0] is node]
+        return sum(reader.gate is not None for reader in readers)
+
     for node in graph.nodes:
+        if node.target is torch.cat:
+            node.meta[GATES] = gates(node)
         writer = units.get(node.target) or excites.get(node.target)
         if writer is not None:
-            readers = [units[user.target] for user in node.users if user.target in units and user.args[0] is node]
-            writer.feeds_gate = any(reader.gate is not None for reader in readers)
+            joined = [user for user in node.users if user.target is torch.cat]
+            writer.feeds_gate = any(gates(each) for each in (node, *joined))
 
 
 def _fuse_excitations(graph: fx.Graph, modules: dict[str, nn.Module], batch: Batch) -> dict[str, Excite]:

@@ -106,8 +106,8 @@ PRODUCT(bf16)
  * and here the numbers are at hand.
  *
  * max_pool: sizes are (clips, T, H, W, T_o, H_o, W_o); window is kernel, stride and the padding before, of T, H and W;
- * what lies outside is `outside`. Of neighbours' windows that overlap, each column is reduced once: the last RING of
- * them are kept, so windows are no wider than that.
+ * what lies outside is `outside`. Of neighbours' windows that overlap, each column is reduced once: as many are kept as a
+ * window is wide, RING at most: kernels.py sees to that.
  *
  * gate: z = w2 tanh(w1 mean(x) + b1) + b2 of one sample, the mean taken over the rows of each frame. Four quarters of the
  * rows are read at once: the processor fetches four streams ahead, a fifth faster than one. */
@@ -130,16 +130,52 @@ PRODUCT(bf16)
         _Pragma("omp critical") for (int64_t c = 0; c < channels; c++) pooled[frame * channels + c] +=             \
             sum[c] / positions;
 
-#define BLOCK 64
-#define RING 16
+/* The larger of both; what is no number stays. */
+static inline float larger(float value, float best) { return value > best || value != value ? value : best; }
 
-/* The larger of both for every channel of a block; what is no number stays. In registers where the width is known. */
-#define LARGER(VALUE, BEST) BEST = (VALUE) > (BEST) || (VALUE) != (VALUE) ? (VALUE) : (BEST);
-#define TAKE(VALUE, BEST)                                                                                          \
-    if (width == BLOCK)                                                                                            \
-        for (int64_t c = 0; c < BLOCK; c++) LARGER(VALUE, BEST)                                                    \
-    else                                                                                                           \
-        for (int64_t c = 0; c < width; c++) LARGER(VALUE, BEST)
+typedef int32_t bits __attribute__((vector_size(64)));
+static inline vec larger_vec(vec value, vec best) {
+    const bits take = (value > best) | (value != value);
+    return (vec)((take & (bits)value) | (~take & (bits)best));
+}
+
+static inline vec load_f32(const float *from) {
+    vec value;
+    memcpy(&value, from, 64);
+    return value;
+}
+
+static inline vec load_bf16(const uint16_t *from) {
+    vec value;
+    for (int i = 0; i < 16; i++) value[i] = widen(from[i]);
+    return value;
+}
+
+/* out[c] = the largest of start and from[t * step_t + h * step_h + c]: BLOCK channels at a time stay in registers. */
+#define BLOCK 64
+#define REDUCE(T)                                                                                                  \
+    static void reduce_##T(const TYPE_##T *from, int64_t count_t, int64_t step_t, int64_t count_h, int64_t step_h, \
+                           int64_t channels, float start, float *out) {                                            \
+        int64_t c = 0;                                                                                             \
+        for (; c + BLOCK <= channels; c += BLOCK) {                                                                \
+            vec best[BLOCK / 16];                                                                                  \
+            for (int q = 0; q < BLOCK / 16; q++) best[q] = (vec){0} + start;                                       \
+            for (int64_t t = 0; t < count_t; t++)                                                                  \
+                for (int64_t h = 0; h < count_h; h++)                                                              \
+                    for (int q = 0; q < BLOCK / 16; q++)                                                           \
+                        best[q] = larger_vec(load_##T(from + t * step_t + h * step_h + c + 16 * q), best[q]);      \
+            memcpy(out + c, best, sizeof best);                                                                    \
+        }                                                                                                          \
+        for (; c < channels; c++) {                                                                                \
+            out[c] = start;                                                                                        \
+            for (int64_t t = 0; t < count_t; t++)                                                                  \
+                for (int64_t h = 0; h < count_h; h++)                                                              \
+                    out[c] = larger(LOAD_##T(from[t * step_t + h * step_h + c]), out[c]);                          \
+        }                                                                                                          \
+    }
+
+REDUCE(f32)
+REDUCE(bf16)
 
 #define DEFINE(T, E)                                                                                               \
     void assemble_##T(const E *y, int64_t k, const E *z, int64_t d, const float *w, const int32_t *pieces,         \
@@ -215,28 +251,28 @@ PRODUCT(bf16)
                 begin[axis] = first < 0 ? 0 : first;                                                               \
                 end[axis] = last > in[axis] ? in[axis] : last;                                                     \
             }                                                                                                      \
-            for (int64_t block = 0; block < channels; block += BLOCK) {                                            \
-                const int64_t width = channels - block < BLOCK ? channels - block : BLOCK;                         \
-                float columns[RING][BLOCK], best[BLOCK];                                                           \
-                int64_t ready = 0;                                                                                 \
-                for (int64_t w = 0; w < to[2]; w++) {                                                              \
-                    const int64_t first = w * stride[2] - before[2], last = first + kernel[2];                     \
-                    const int64_t left = first < 0 ? 0 : first, right = last > in[2] ? in[2] : last;               \
-                    for (ready = ready < left ? left : ready; ready < right; ready++) {                            \
-                        float *column = columns[ready % RING];                                                     \
-                        for (int64_t c = 0; c < BLOCK; c++) best[c] = start;                                       \
-                        for (int64_t t = begin[0]; t < end[0]; t++)                                                \
-                            for (int64_t h = begin[1]; h < end[1]; h++) {                                          \
-                                const E *from = x + (((place * in[0] + t) * in[1] + h) * in[2] + ready) * channels;\
-                                TAKE(LOAD_##T(from[block + c]), best[c])                                           \
-                            }                                                                                      \
-                        for (int64_t c = 0; c < BLOCK; c++) column[c] = best[c];                                   \
-                    }                                                                                              \
-                    for (int64_t c = 0; c < BLOCK; c++) best[c] = first < 0 || last > in[2] ? outside : start;     \
-                    for (int64_t i = left; i < right; i++) TAKE(columns[i % RING][c], best[c])                     \
-                    E *to_row = out + (row * to[2] + w) * channels + block;                                        \
-                    for (int64_t c = 0; c < width; c++) to_row[c] = STORE_##T(best[c]);                            \
+            const E *rows = x + ((place * in[0] + begin[0]) * in[1] + begin[1]) * in[2] * channels;                \
+            float columns[kernel[2] * channels], best[channels];                                                   \
+            int64_t ready = 0;                                                                                     \
+            for (int64_t w = 0; w < to[2]; w++) {                                                                  \
+                const int64_t first = w * stride[2] - before[2], last = first + kernel[2];                         \
+                const int64_t left = first < 0 ? 0 : first, right = last > in[2] ? in[2] : last;                   \
+                for (ready = ready < left ? left : ready; ready < right; ready++)                                  \
+                    reduce_##T(rows + ready * channels, end[0] - begin[0], in[1] * in[2] * channels,               \
+                               end[1] - begin[1], in[2] * channels, channels, start,                               \
+                               columns + ready % kernel[2] * channels);                                            \
+                /* The columns of a window lie in a ring: from left to its end, and from its beginning. */         \
+                const int64_t from = left % kernel[2], count = right > left ? right - left : 0;                    \
+                const int64_t behind = count < kernel[2] - from ? count : kernel[2] - from;                        \
+                reduce_f32(columns + from * channels, behind, channels, 1, 0, channels,                            \
+                           first < 0 || last > in[2] ? outside : start, best);                                     \
+                if (count > behind) {                                                                              \
+                    float others[channels];                                                                        \
+                    reduce_f32(columns, count - behind, channels, 1, 0, channels, start, others);                  \
+                    for (int64_t c = 0; c < channels; c++) best[c] = larger(others[c], best[c]);                   \
                 }                                                                                                  \
+                E *to_row = out + (row * to[2] + w) * channels;                                                    \
+                for (int64_t c = 0; c < channels; c++) to_row[c] = STORE_##T(best[c]);                             \
             }                                                                                                      \
         }                                                                                                          \
     }                                                                                                              \

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .excite import Excite, Squeeze
-from .frames import Frames, full
+from .frames import GATES, Frames, full
 from .pack import channels_last
 from .pool import Pool
 from .unit import Unit
@@ -91,7 +91,11 @@ class Program:
         function: Callable[..., Any] = node.target  # type: ignore[assignment]
         keeps = function in _POINTWISE_CALLS or function in _PAIRWISE_CALLS
         if function is torch.cat:
-            return lambda values: _concatenate(*_arguments(node, values))
+            batch = next((module.batch for module in self.modules.values() if isinstance(module, Unit)), None)
+            gates = node.meta.get(GATES, 0)
+            return lambda values: _concatenate(
+                *_arguments(node, values), gates if batch is not None and batch.gates_run else 0
+            )
         return lambda values: _apply(function, *_arguments(node, values), keeps)
 
     def _unit(self, unit: Unit, node: fx.Node, live: set[fx.Node], unused: list[fx.Node]) -> Callable[[Values], Any]:
@@ -133,12 +137,19 @@ def _arguments(node: fx.Node, values: Values) -> tuple[Any, Any]:
     return fx.node.map_arg(node.args, values.__getitem__), fx.node.map_arg(node.kwargs, values.__getitem__)
 
 
-def _concatenate(args: Any, kwargs: Any) -> Any:
+def _concatenate(args: Any, kwargs: Any, gates: int) -> Any:
+    """``torch.cat``; ``gates``: how many will ask for the mean of the result over H and W, which is taken once."""
     parts: Any = args[0] if args else ()
     along_channels = list(args)[1:] == [1] or kwargs == {"dim": 1}
-    if along_channels and _all_alike(parts):
-        return parts[0].replaced(torch.cat([each.held for each in parts], dim=1))
-    return _apply(torch.cat, args, kwargs, False)
+    if not along_channels or not all(isinstance(each, Tensor | Frames) and len(each.shape) == 5 for each in parts):
+        return _apply(torch.cat, args, kwargs, False)
+    clips = [each if isinstance(each, Frames) else Frames(each, 1, each.shape[2]) for each in parts]
+    if not _all_alike(clips):
+        return _apply(torch.cat, args, kwargs, False)
+    held, pooled = channels_last(torch.cat([each.held for each in clips], dim=1)), None
+    if gates > 1 or (gates and all(each.pooled is not None for each in clips)):
+        pooled = torch.cat([each.means() for each in clips], dim=2)
+    return held if clips[0].stride == 1 and pooled is None else clips[0].replaced(held, pooled)
 
 
 def on_clips(module: Unit | Pool, *args: Any, **options: Any) -> Any:
