@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernels import Filling
-from .pack import from_rows, to_rows
+from .pack import channels_last, from_rows, to_rows
 
-__all__ = ["GATES", "Frames", "full"]
+__all__ = ["GATES", "Frames", "Place", "Room", "full"]
 
 GATES = "gates"  # in the meta of a node: how many of them read it
 
@@ -44,7 +45,7 @@ class Frames:
         if self.stride == 1:
             return self.held
         if not self.filled:
-            rows = to_rows(self.held)
+            rows = to_rows(self.held).contiguous()  # it may be a part of a `Room`
             self.filled.append(from_rows(Filling.copies(self.stride, rows)(rows, self.num_frames, None, False)))
         return self.filled[0]
 
@@ -59,6 +60,44 @@ class Frames:
     def alike(self, other: object) -> bool:
         """Whether the other holds the same frames."""
         return isinstance(other, Frames) and (other.stride, other.num_frames) == (self.stride, self.num_frames)
+
+
+@dataclass
+class Room:
+    """Where the parts of a concatenation are written, one beside the other, by those who can.
+
+    Attributes:
+        channels: of all parts.
+        rows: ``(N, T, H, W, channels)``, once somebody wrote.
+    """
+
+    channels: int
+    rows: Tensor | None = None
+
+    def part(self, like: Tensor, first: int, count: int) -> Tensor | None:
+        """Room for ``count`` channels from ``first`` on, for positions as in ``like (N, T, H, W, ...)``."""
+        if self.rows is None:
+            self.rows = like.new_empty(*like.shape[:4], self.channels)
+        return self.rows[..., first : first + count] if self.rows.shape[:4] == like.shape[:4] else None
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """``torch.cat`` of the parts ``(N, C_i, T, H, W)``, of which those are copied that were not written here."""
+        if self.rows is None or self.rows.shape[:4] != to_rows(parts[0]).shape[:4]:
+            return channels_last(torch.cat(parts, dim=1))
+        first = 0
+        for part in parts:
+            place = self.rows[..., first : first + part.shape[1]]
+            if part.data_ptr() != place.data_ptr():
+                place.copy_(to_rows(part))
+            first += part.shape[1]
+        return from_rows(self.rows)
+
+
+class Place(NamedTuple):
+    """The part of a room from channel ``first`` on."""
+
+    room: Room
+    first: int
 
 
 def full(x: Tensor | Frames) -> Tensor:

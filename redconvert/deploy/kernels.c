@@ -96,7 +96,8 @@ PRODUCT(bf16)
         }
 
 /* assemble: out[row][c] = act(scale[c] * in[source[c]] + shift[c] + residual[row][c]), where in holds the k computed
- * channels of the row and then the d rebuilt ones: z, or y w, computed here where w is given. pieces are (begin, end, from): channels that stand in a run of one
+ * channels of the row and then the d rebuilt ones: z, or y w, computed here where w is given. Rows of out lie
+ * `apart`, with room for others' channels in between. pieces are (begin, end, from): channels that stand in a run of one
  * input from `from` on, or, where from is negative, are gathered one by one.
  *
  * fill: from every stride-th frame y to all of them. Frame s * stride + d of a clip is
@@ -121,9 +122,9 @@ PRODUCT(bf16)
         if (first == last) continue;
 
 /* The row before: reading back what was stored just now would wait for the stores. */
-#define ADD_TO_SUM(T, ROW)                                                                                         \
+#define ADD_TO_SUM(T, FROM)                                                                                        \
     if (pooled)                                                                                                    \
-        for (int64_t c = 0; c < channels; c++) sum[c] += LOAD_##T(out[(ROW) * channels + c]);
+        for (int64_t c = 0; c < channels; c++) sum[c] += LOAD_##T((FROM)[c]);
 
 #define ADD_TO_POOLED                                                                                              \
     if (pooled)                                                                                                    \
@@ -181,7 +182,7 @@ REDUCE(bf16)
     void assemble_##T(const E *y, int64_t k, const E *z, int64_t d, const float *w, const int32_t *pieces,         \
                       int64_t num_pieces, const int32_t *source, const float *scale, const float *shift,           \
                       const E *residual, int relu, int64_t frames, int64_t positions, int64_t channels, E *out,    \
-                      float *pooled) {                                                                             \
+                      int64_t apart, float *pooled) {                                                              \
         int gathers = 0;                                                                                           \
         for (int64_t p = 0; p < num_pieces; p++) gathers |= pieces[3 * p + 2] < 0;                                 \
         FOR_EACH_PART(frames, positions)                                                                           \
@@ -190,7 +191,7 @@ REDUCE(bf16)
         memset(sum, 0, sizeof(float) * channels);                                                                  \
         const int64_t begin_row = frame * positions + first, end_row = frame * positions + last;                   \
         for (int64_t row = begin_row; row < end_row; row++) {                                                      \
-            E *to = out + row * channels;                                                                          \
+            E *to = out + row * apart;                                                                             \
             const int64_t within = (row - begin_row) % ROWS;                                                       \
             const E *rebuilt = w ? tile + within * d : z + row * d;                                                \
             if (w && within == 0)                                                                                  \
@@ -210,9 +211,9 @@ REDUCE(bf16)
                     FINISH(T, scale[c] * LOAD_##T(run[c - begin]) + shift[c])                                      \
                 }                                                                                                  \
             }                                                                                                      \
-            if (row > frame * positions + first) ADD_TO_SUM(T, row - 1)                                            \
+            if (row > begin_row) ADD_TO_SUM(T, to - apart)                                                         \
         }                                                                                                          \
-        if (last > first) ADD_TO_SUM(T, frame * positions + last - 1)                                              \
+        if (last > first) ADD_TO_SUM(T, out + (end_row - 1) * apart)                                               \
         ADD_TO_POOLED                                                                                              \
         }                                                                                                          \
     }                                                                                                              \
@@ -232,9 +233,9 @@ REDUCE(bf16)
             const E *right = y + ((clip * held + next) * positions + position) * channels;                         \
             E *to = out + row * channels;                                                                          \
             FINISH(T, w[c] * LOAD_##T(left[c]) + w[channels + c] * LOAD_##T(right[c]) + b[c])                      \
-            if (position > first) ADD_TO_SUM(T, row - 1)                                                           \
+            if (position > first) ADD_TO_SUM(T, to - channels)                                                     \
         }                                                                                                          \
-        if (last > first) ADD_TO_SUM(T, frame * positions + last - 1)                                              \
+        if (last > first) ADD_TO_SUM(T, out + (frame * positions + last - 1) * channels)                           \
         ADD_TO_POOLED                                                                                              \
         }                                                                                                          \
     }                                                                                                              \

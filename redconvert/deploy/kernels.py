@@ -88,10 +88,12 @@ class Assembly:
         residual: Tensor | None,
         relu: bool,
         pooled: Tensor | None = None,
+        into: Tensor | None = None,
     ) -> Tensor:
         """``computed (N, T, H, W, k)`` and ``rebuilt (N, T, H, W, d)`` -> ``(N, T, H, W, C_out)``, all contiguous.
 
-        ``pooled (N, T, C_out)``, zeros in float32, takes the mean of the result over H and W.
+        ``pooled (N, T, C_out)``, zeros in float32, takes the mean of the result over H and W. ``into``: channels of a
+        larger contiguous tensor, where the result may be written; whoever gives it looks whether it was.
         """
         k, d, channels = computed.shape[-1], 0 if rebuilt is None else rebuilt.shape[-1], self.source.shape[0]
         if self.product is not None:
@@ -100,9 +102,10 @@ class Assembly:
         if function is None:
             return pool_into(pooled, self.in_pytorch(computed, rebuilt, residual, relu))
         N, T, H, W = computed.shape[:4]
-        out = computed.new_empty(N, T, H, W, channels)
+        out = computed.new_empty(N, T, H, W, channels) if into is None else into
         sources = (*addresses(computed), k, *addresses(rebuilt), d, *addresses(self._blocks))
-        function(*sources, *self._table, *addresses(residual), relu, N * T, H * W, channels, *addresses(out, pooled))
+        sizes, to = (N * T, H * W, channels), (out.data_ptr(), out.stride(3))
+        function(*sources, *self._table, *addresses(residual), relu, *sizes, *to, *addresses(pooled))
         return out
 
     @functools.cached_property
@@ -273,6 +276,7 @@ def compiled() -> ctypes.CDLL | None:
                 flag,
                 *(number,) * 3,
                 pointer,
+                number,
                 pointer,
             ],
             "fill": [pointer, *(number,) * 4, *(pointer,) * 3, flag, number, number, pointer, pointer],

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .excite import Excite, Squeeze
-from .frames import GATES, Frames, full
+from .frames import GATES, Frames, Place, Room, full
 from .pack import channels_last
 from .pool import Pool
 from .unit import Unit
@@ -44,6 +44,7 @@ class Program:
         self.placeholders = [node for node in nodes if node.op == "placeholder"]
         last = {argument: index for index, node in enumerate(nodes) for argument in node.all_input_nodes}
         self.steps: list[tuple[fx.Node, Callable[[Values], Any], list[fx.Node]]] = []
+        self.places = self._parts(nodes)
         live: set[fx.Node] = set()
         for index, node in enumerate(nodes):
             unused = [value for value in node.all_input_nodes if last[value] == index]
@@ -94,13 +95,21 @@ class Program:
             batch = next((module.batch for module in self.modules.values() if isinstance(module, Unit)), None)
             gates = node.meta.get(GATES, 0)
             return lambda values: _concatenate(
-                *_arguments(node, values), gates if batch is not None and batch.gates_run else 0
+                *_arguments(node, values), gates if batch is not None and batch.gates_run else 0, values.get(node)
             )
         return lambda values: _apply(function, *_arguments(node, values), keeps)
 
     def _unit(self, unit: Unit, node: fx.Node, live: set[fx.Node], unused: list[fx.Node]) -> Callable[[Values], Any]:
         """A unit's call; its sum may take its residual's place in memory where nobody needs that any more."""
         x = node.args[0]
+        if node in self.places and len(node.args) == 1:
+            whole, first, channels = self.places[node]
+
+            def write(values: Values) -> Any:
+                room = values.setdefault(whole, Room(channels))
+                return on_clips(unit, values[x], into=Place(room, first))  # type: ignore[index]
+
+            return write
         if len(node.args) == 1:
             return lambda values: on_clips(unit, values[x])  # type: ignore[index]
         residual = node.args[1]
@@ -111,6 +120,20 @@ class Program:
             return on_clips(unit, values[x], values[residual], overwrite=free(values))  # type: ignore[index]
 
         return call
+
+    def _parts(self, nodes: list[fx.Node]) -> dict[fx.Node, tuple[fx.Node, int, int]]:
+        """Units of whose result nobody but a concatenation knows: which one, from which channel on, of how many."""
+        found: dict[fx.Node, tuple[fx.Node, int, int]] = {}
+        for node in nodes:
+            if node.target is not torch.cat or not (node.args[1:] == (1,) or node.kwargs == {"dim": 1}):
+                continue
+            parts = node.all_input_nodes
+            units = [self.modules.get(str(part.target)) for part in parts]
+            sizes = [unit.channels for unit in units if isinstance(unit, Unit) and unit.dim == 3]
+            once = list(node.args[:1]) == [parts] and all(len(part.users) == 1 for part in parts)
+            if once and len(sizes) == len(parts):
+                found |= {part: (node, sum(sizes[:i]), sum(sizes)) for i, part in enumerate(parts)}
+        return found
 
     def _excite(
         self, excite: Excite, node: fx.Node, live: set[fx.Node], unused: list[fx.Node]
@@ -137,8 +160,11 @@ def _arguments(node: fx.Node, values: Values) -> tuple[Any, Any]:
     return fx.node.map_arg(node.args, values.__getitem__), fx.node.map_arg(node.kwargs, values.__getitem__)
 
 
-def _concatenate(args: Any, kwargs: Any, gates: int) -> Any:
-    """``torch.cat``; ``gates``: how many will ask for the mean of the result over H and W, which is taken once."""
+def _concatenate(args: Any, kwargs: Any, gates: int, room: Room | None) -> Any:
+    """``torch.cat``, of parts that may be in a room already.
+
+    ``gates``: how many will ask for the mean of the result over H and W, which is taken once.
+    """
     parts: Any = args[0] if args else ()
     along_channels = list(args)[1:] == [1] or kwargs == {"dim": 1}
     if not along_channels or not all(isinstance(each, Tensor | Frames) and len(each.shape) == 5 for each in parts):
@@ -146,7 +172,7 @@ def _concatenate(args: Any, kwargs: Any, gates: int) -> Any:
     clips = [each if isinstance(each, Frames) else Frames(each, 1, each.shape[2]) for each in parts]
     if not _all_alike(clips):
         return _apply(torch.cat, args, kwargs, False)
-    held, pooled = channels_last(torch.cat([each.held for each in clips], dim=1)), None
+    held, pooled = (room or Room(0)).joined([each.held for each in clips]), None
     if gates > 1 or (gates and all(each.pooled is not None for each in clips)):
         pooled = torch.cat([each.means() for each in clips], dim=2)
     return held if clips[0].stride == 1 and pooled is None else clips[0].replaced(held, pooled)

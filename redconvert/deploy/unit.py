@@ -14,7 +14,7 @@ from ..layers.absorb import Source
 from ..layers.routing import FULL, group_samples, route, select
 from .absorbed import absorbed_filter, kept_alone
 from .decide import FoldedGate
-from .frames import Frames, full
+from .frames import Frames, Place, full
 from .kernels import Filling
 from .pack import Filter, PackedConv, from_rows, to_rows
 from .reduced import Reduced, reduce
@@ -138,15 +138,17 @@ class Unit(nn.Module):
 
     # -- decide ----------------------------------------------------------------------------------------
 
-    def forward(self, x: Value, residual: Value | None = None, overwrite: bool = False) -> Value:
-        """``overwrite``: the result may take the residual's place in memory."""
+    def forward(
+        self, x: Value, residual: Value | None = None, overwrite: bool = False, into: Place | None = None
+    ) -> Value:
+        """``overwrite``: the result may take the residual's place in memory; ``into``: it may be written there."""
         if self.gate is None:
             return self.run(x, residual, FULL, overwrite)
         decisions, z = self.decide(x)
         alone = self._hand_over(decisions, z)
         groups = group_samples(decisions)
         if len(groups) == 1:
-            out = self.run(x, residual, decisions[0], overwrite, alone)
+            out = self.run(x, residual, decisions[0], overwrite, alone, into)
         else:
             whole, added = full(x), None if residual is None else full(residual)
 
@@ -229,7 +231,13 @@ class Unit(nn.Module):
     # -- compute ---------------------------------------------------------------------------------------
 
     def run(
-        self, x: Value, residual: Value | None, decision: Decision, overwrite: bool = False, alone: bool = False
+        self,
+        x: Value,
+        residual: Value | None,
+        decision: Decision,
+        overwrite: bool = False,
+        alone: bool = False,
+        into: Place | None = None,
     ) -> Value:
         """One decision for all samples of x; ``alone``: only the channels that it computes."""
         if decision.source:
@@ -237,7 +245,7 @@ class Unit(nn.Module):
         if residual is not None and residual.shape != self._output_shape(x.shape):  # one of them is spread out
             y = full(self._run(x, None, decision, "none", alone=alone)) + full(residual)
             return ACTIVATIONS[self.activation](y)
-        return self._run(x, residual, decision, self.activation, overwrite, alone)
+        return self._run(x, residual, decision, self.activation, overwrite, alone, into)
 
     def _output_shape(self, shape: torch.Size) -> torch.Size:
         if shape not in self._shapes:
@@ -255,6 +263,7 @@ class Unit(nn.Module):
         activation: str,
         overwrite: bool = False,
         alone: bool = False,
+        into: Place | None = None,
     ) -> Value:
         i, j = decision.channel, decision.temporal
         alone = alone and i > 0
@@ -277,7 +286,7 @@ class Unit(nn.Module):
             gives = fuses if rebuilds else packed.gives_means()
             means = self._means(x.shape[0], -(-read.num_frames // read.stride), channel) if gives else None
             added = None if added is None else full(added)
-            y = self._compute(held, read, packed, reduced, added, activation, overwrite, means)
+            y = self._compute(held, read, packed, reduced, added, activation, overwrite, means, into)
             return y if read.stride == 1 and means is None else frames.replaced(y, means)
         y = to_rows(self._compute(held, read, packed, reduced, None, "none"))
         filling = filling or Filling.copies(read.stride, y)
@@ -337,6 +346,7 @@ class Unit(nn.Module):
         activation: str,
         overwrite: bool = False,
         means: Tensor | None = None,
+        into: Place | None = None,
     ) -> Tensor:
         """The frames that are computed, with norm, residual and activation; all channels, where it is reduced."""
         if reduced is None:
@@ -349,7 +359,9 @@ class Unit(nn.Module):
             source = y if reduced.cheap_source is None else select(y, 1, reduced.cheap_source)
             rebuilt = to_rows(reduced.cheap(source))
         added = None if residual is None else to_rows(residual)
-        out = from_rows(reduced.assembly(to_rows(y), rebuilt, added, activation == "relu", means))
+        rows, relu = to_rows(y), activation == "relu"
+        place = None if into is None else into.room.part(rows, into.first, self.channels)
+        out = from_rows(reduced.assembly(rows, rebuilt, added, relu, means, place))
         return out if activation == "relu" else ACTIVATIONS[activation](out)
 
     # -- what decisions need, made when they are first taken -------------------------------------------
