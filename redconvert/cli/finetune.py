@@ -22,7 +22,7 @@ from ..files import write_text_atomic
 from ..finetune import History
 from ..finetune import finetune as train
 from ..finetune.state import NAME
-from .app import app, console
+from .app import app, console, warn
 from .options import (
     AsJson,
     BatchSize,
@@ -104,6 +104,12 @@ def finetune(
         progress=shown(as_json),
     )
     after = CurvePoint(target, *answers.compare(ready.dynamic))
+    if after.divergence > before.divergence:
+        warn(
+            f"on samples that were not trained on, the answers are further from the original's than before "
+            f"({after.divergence:.4f} nats, not {before.divergence:.4f}): give more samples than {len(kept)}, or a "
+            f"smaller --lr"
+        )
     if plot is not None:
         history.plot(plot)
     facts = ready.facts | {"out": str(out), "plot": None if plot is None else str(plot), "samples": len(kept)}

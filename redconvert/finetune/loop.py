@@ -51,6 +51,7 @@ def finetune(
     mixed_precision: str | None = None,
     gradient_checkpointing: bool = False,
     freeze_norms: bool = False,
+    dropout: bool | None = None,
     out: str | Path | None = None,
     save_every: int | None = None,
     resume: bool = True,
@@ -88,6 +89,8 @@ def finetune(
         mixed_precision: None (what ``accelerate launch`` says), "no", "bf16" or "fp16".
         gradient_checkpointing: keep only the inputs of each block and compute it again in the backward pass.
         freeze_norms: keep the statistics of the network's own batch norms, as small video batches need.
+        dropout: whether the network's dropout layers drop. None: only without a teacher, which answers without; what
+            they drop would keep the answers apart.
         out: folder for ``history.json``, ``resume.pt``, ``teacher.pt`` (the original) and, at the end, ``model/``
             (`save_pretrained`).
         save_every: optimizer steps between writes of ``resume.pt``; None: after each epoch.
@@ -112,7 +115,7 @@ def finetune(
     settings = Settings(
         epochs, lr, lr if gate_lr is None else gate_lr, target, efficiency, optimizer, momentum, weight_decay,
         warmup, distill, temperature, clip, accumulate, mixed_precision, freeze_norms, seed, kind, length_of(train),
-        gate_every,
+        gate_every, teacher is None if dropout is None else dropout,
     )  # fmt: skip
     if save_every is not None and save_every < 1:
         raise RedconvertError(f"save_every={save_every!r} must be at least 1, or None: after each epoch")

@@ -53,6 +53,7 @@ class Settings:
     teacher: str | None
     batches: int
     gate_every: int = 1
+    dropout: bool = True
     processes: int = 1
 
     def __post_init__(self) -> None:
@@ -148,7 +149,7 @@ class Run:
 
     def _train_epoch(self, epoch: int, skip: int, save_every: int | None, bar: Any) -> None:
         start, accumulate = time.perf_counter(), self.settings.accumulate
-        _training(self.dynamic, self.settings.freeze_norms)
+        _training(self.dynamic, self.settings.freeze_norms, self.settings.dropout)
         per_epoch = math.ceil(length_of(self.train) / accumulate)
         for index, batch in self._batches(self.train, epoch):
             bar(1, self._describe(epoch))
@@ -276,8 +277,12 @@ class Run:
         return text
 
 
-def _training(dynamic: nn.Module, freeze_norms: bool) -> None:
+def _training(dynamic: nn.Module, freeze_norms: bool, dropout: bool) -> None:
     dynamic.train()
+    if not dropout:
+        for module in dynamic.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
     if freeze_norms:
         gates = {m for layer in dynamic_layers(dynamic).values() for m in layer.gate.modules()}
         for module in dynamic.modules():

@@ -24,7 +24,7 @@ def finetuned(folder: Path | None, save_every: int | None = None, workers: int =
     """Ten batches in five steps, with everything that draws random numbers: order, augmentation, dropout."""
     dynamic = undecided(network(dropout=0.5))
     train = DataLoader(Planted(38, augment=True), batch_size=8, shuffle=True, num_workers=workers)
-    settings = {"epochs": EPOCHS, "lr": 0.05, "target": 0.6, **settings}
+    settings = {"epochs": EPOCHS, "lr": 0.05, "target": 0.6, "dropout": True, **settings}
     return run(dynamic, train, batches(8, 1), out=folder, save_every=save_every, **settings)
 
 

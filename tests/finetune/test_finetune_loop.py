@@ -126,7 +126,7 @@ def test_gradient_checkpointing_changes_nothing(dims):
     dynamic = undecided(network(dims, dropout=0.3))
     networks = [copy.deepcopy(dynamic) for _ in range(2)]
     runs = [
-        run(each, batches(8, 3, dims), epochs=2, lr=0.05, target=0.6, gradient_checkpointing=again)
+        run(each, batches(8, 3, dims), epochs=2, lr=0.05, target=0.6, gradient_checkpointing=again, dropout=True)
         for each, again in zip(networks, (False, True), strict=True)
     ]
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
@@ -155,6 +155,31 @@ def test_without_labels():
         float((dynamic.eval()(x).argmax(1) == teacher(x).argmax(1)).float().mean())
     )
     assert history.epochs[-1]["val_loss"] < 0.7 * history.epochs[0]["val_loss"]
+
+
+def test_dropout_rests_where_a_teacher_answers():
+    """Off by default with a teacher, on without one, or as asked; afterwards the network is as it was."""
+    dynamic = undecided(network(dropout=0.5))
+    [(x, labels)] = batches(16, 1)
+    quiet = copy.deepcopy(dynamic).train()
+    quiet.dropout.eval()
+    out = quiet(x)
+    kl = float(redconvert.distillation_loss(out, redconvert.frozen_original(dynamic)(x)))
+    labelled = float(F.cross_entropy(out, labels))
+    tasks = {}
+    for name, options in {
+        "teacher": {"distill": 1.0},
+        "teacher, dropout": {"distill": 1.0, "dropout": True},
+        "labels": {"teacher": None},
+        "labels, no dropout": {"teacher": None, "dropout": False},
+    }.items():
+        trained = copy.deepcopy(dynamic).train()
+        tasks[name] = run(trained, [(x, labels)], efficiency=0.0, **options).steps[0]["task"]
+        assert all(module.training for module in trained.modules())
+    assert tasks["teacher"] == pytest.approx(kl, rel=1e-4)
+    assert tasks["labels, no dropout"] == pytest.approx(labelled, rel=1e-5)
+    assert tasks["teacher, dropout"] != pytest.approx(kl, rel=0.01)
+    assert tasks["labels"] != pytest.approx(labelled, rel=1e-4)
 
 
 def test_teachers():
