@@ -36,7 +36,8 @@ def train(
     """SGD with Nesterov momentum, warm-up and cosine; ``(1 - d) CE + d t^2 KL(teacher) + weight * L_e``.
 
     ``bfloat16`` is for 2D networks: on a CPU with avx512_bf16, torch 2.15 gives I3D's convolutions infinite gradients.
-    ``gate_every``: gates learn in every so many-th step; in between a step costs what they leave to compute.
+    ``gate_every``: gates learn in every so many-th step; in between a step costs what they leave to compute. Dropout
+    rests where there is a teacher.
     Returns means per epoch; leaves ``model`` in ``eval()``.
     """
     efficiency = None
@@ -47,7 +48,7 @@ def train(
     rates, steps, step = [group["lr"] for group in optimizer.param_groups], epochs * len(loader), 0
     history = []
     for _ in range(epochs):
-        _training(model, freeze_norms)
+        _training(model, freeze_norms, dropout=teacher is None)
         rows = []
         for x, y in loader:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -108,8 +109,12 @@ def _groups(model: nn.Module, lr: float, gate_lr: float) -> list[dict[str, Any]]
     return [{"params": split[big], "lr": lr, "weight_decay": 5e-4 * big} for big in split]
 
 
-def _training(model: nn.Module, freeze_norms: bool) -> None:
+def _training(model: nn.Module, freeze_norms: bool, dropout: bool) -> None:
     model.train()
+    if not dropout:
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
     if freeze_norms:
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.endswith("gate.norm"):
