@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -96,7 +97,11 @@ def test_i3d_on_jhmdb(place, data_dir, kinetics_weights):
     assert max(found["losses"]) < 1  # the divergence from the teacher starts small
     assert found["costs"][-1] == pytest.approx(0.7, abs=0.05)
     assert sum(found["shares"]) / 21 == pytest.approx(70, abs=3)
-    assert -1 <= found["correlation"] <= 1 and min(found["moving"]) > 0
+    assert min(found["moving"]) > 0
+    if len(set(found["shares"])) > 1:  # else there is nothing that could go with motion
+        assert -1 <= found["correlation"] <= 1
+    else:
+        assert math.isnan(found["correlation"])
     assert pictures(outputs) == 4
     assert "equal to the bit: True" in said(outputs) and "GMACs dense" in said(outputs)
 
