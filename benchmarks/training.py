@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 import redconvert
 from redconvert.cost.measure import static_macs
 from redconvert.finetune.parameters import build_optimizer, learning_rate_factor
+from redconvert.finetune.run import training_mode
 
 
 def train(
@@ -48,7 +49,7 @@ def train(
     rates, steps, step = [group["lr"] for group in optimizer.param_groups], epochs * len(loader), 0
     history = []
     for _ in range(epochs):
-        _training(model, freeze_norms, dropout=teacher is None)
+        training_mode(model, freeze_norms, dropout=teacher is None)
         rows = []
         for x, y in loader:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -107,15 +108,3 @@ def _groups(model: nn.Module, lr: float, gate_lr: float) -> list[dict[str, Any]]
     for parameter in model.parameters():
         split[parameter.dim() > 1].append(parameter)
     return [{"params": split[big], "lr": lr, "weight_decay": 5e-4 * big} for big in split]
-
-
-def _training(model: nn.Module, freeze_norms: bool, dropout: bool) -> None:
-    model.train()
-    if not dropout:
-        for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()
-    if freeze_norms:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not name.endswith("gate.norm"):
-                module.eval()

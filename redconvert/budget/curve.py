@@ -164,7 +164,8 @@ def budget_curve(
     if keep is not None and not 0 <= keep <= 1:
         raise RedconvertError(f"keep={keep!r} must be a share in [0, 1]")
     points, unreachable = [], []
-    with undone_on_error(layers.values()) as undo, progress_bar(progress, "Trying budgets", len(wanted) + 1) as step:
+    parts = [part for layer in layers.values() for part in layer.added_modules()]
+    with undone_on_error(parts) as undo, progress_bar(progress, "Trying budgets", len(wanted) + 1) as step:
         answers = Answers(dynamic, batches if test is None else test)
         clear_budget(dynamic)
         effects = harms(dynamic, batches) if is_constant(dynamic, batches) else None
@@ -182,7 +183,7 @@ def budget_curve(
                     calibrate(dynamic, batches, decisions="gates")
                 points.append(point := CurvePoint(budget, *answers.compare(dynamic)))
                 if keep is not None and point.agreement >= keep and point.share < least:
-                    taken, least = remembered(layers.values()), point.share
+                    taken, least = remembered(parts), point.share
             step()
         taken()
     if not points:

@@ -159,7 +159,7 @@ def _running(dynamic: nn.Module, batches: Any, progress: bool, what: str) -> Ite
         raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
     dynamic = unwrapped(dynamic)
     layers = dynamic_layers(dynamic)
-    with undone_on_error(layers.values()), ExitStack() as stack:
+    with undone_on_error(layer.gate for layer in layers.values()), ExitStack() as stack:
         stack.enter_context(forced(dynamic))  # nothing is: gates decide
         step = stack.enter_context(progress_bar(progress, what))
         meter = EfficiencyLoss(dynamic)

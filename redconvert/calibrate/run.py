@@ -105,7 +105,7 @@ def calibrate(
     passes = (decisions == "candidates") + rounds * len(reductions) + len(absorbed) + len(matched)
     with (
         evaluating(dynamic),
-        undone_on_error(layers.values()),
+        undone_on_error(part for layer in layers.values() for part in layer.added_modules()),
         progress_bar(progress, "Calibrating", passes * _count_batches(batches) or None) as run.step,
     ):
         explained = run.first_pass() if decisions == "candidates" else {}

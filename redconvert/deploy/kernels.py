@@ -33,7 +33,8 @@ __all__ = [
 
 SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "vectors.c")]
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
-LIMIT, HIDDEN, RING = 4096, 256, 16  # channels, units of a gate, width of a pool's window: as in kernels.c
+LIMIT, HIDDEN = 4096, 256  # channels, units of a gate: as in kernels.c
+RING = 16  # width of a pool's window: so many rows of channels lie on the stack
 WIDTH, TILE = 32, 1024  # columns of a block of Phi_c, the most channels of one: likewise
 RUN = 8  # channels in a row that are worth a loop of their own
 Triple = tuple[int, int, int]

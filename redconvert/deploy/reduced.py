@@ -1,4 +1,4 @@
-"""A channel candidate that rebuilds: what is convolved, and how all channels come from that."""
+"""A candidate that rebuilds: what is convolved, and how all channels, or all frames, come from that."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..layers.cheap import Depthwise, Nothing, Pointwise, Scale
 from .absorbed import absorbed_filter
-from .kernels import Assembly, multiplies
+from .kernels import Assembly, Filling, multiplies
 from .pack import Filter, PackedConv
 
 if TYPE_CHECKING:
     from .unit import Unit
 
-__all__ = ["Reduced", "reduce"]
+__all__ = ["Reduced", "build_filling", "reduce"]
 
 
 @dataclass
@@ -71,3 +71,22 @@ def reduce(unit: Unit, channel: int, source: int) -> Reduced:
     assembly = Assembly.build(index[inverse], scale[inverse], shift[inverse], kept, product)
     filter = absorbed_filter(unit.layer, unit.filter, source)
     return Reduced(filter.pick(order[:kept]), inputs, cheap, cheap_source, assembly)
+
+
+def build_filling(unit: Unit, temporal: int, channel: int) -> Filling | None:
+    """Phi_t behind a unit's norm; None where it copies. Of the channels that candidate ``channel`` alone computes.
+
+    With ``y = scale * conv + shift``, ``w0 conv_s + w1 conv_(s+1) + b`` becomes
+    ``w0 y_s + w1 y_(s+1) + scale b + shift (1 - w0 - w1)``.
+    """
+    phi = unit.layer.cheap_t
+    weight, bias = (each[temporal - 1].detach() for each in (phi.weights, phi.biases))
+    if bool((weight[:, 0] == 1).all()) and not weight[:, 1].any() and not bias.any():
+        return None
+    shifted = unit.scale * bias + unit.shift * (1 - weight.sum(1))
+    first = Filling.copies(1, weight)
+    kept = unit.layer.hands_to.kept(channel) if channel else slice(None)
+    return Filling(
+        torch.cat([first.weight, weight.float()])[..., kept].contiguous(),
+        torch.cat([first.bias, shifted.float()])[..., kept].contiguous(),
+    )

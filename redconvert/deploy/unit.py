@@ -17,7 +17,7 @@ from .decide import FoldedGate
 from .frames import Frames, Place, full
 from .kernels import Filling
 from .pack import Filter, PackedConv, from_rows, to_rows
-from .reduced import Reduced, reduce
+from .reduced import Reduced, build_filling, reduce
 from .taps import Reading, reading
 from .vectors import ACTIVATIONS
 
@@ -367,26 +367,10 @@ class Unit(nn.Module):
     # -- what decisions need, made when they are first taken -------------------------------------------
 
     def _filling(self, temporal: int, channel: int = 0) -> Filling | None:
-        """Phi_t behind the norm; None where it copies, or there is none. Of the channels that candidate alone computes.
-
-        With ``y = scale * conv + shift``, ``w0 conv_s + w1 conv_(s+1) + b`` becomes
-        ``w0 y_s + w1 y_(s+1) + scale b + shift (1 - w0 - w1)``.
-        """
         if not temporal:
             return None
         if (temporal, channel) not in self._fillings:
-            phi = self.layer.cheap_t
-            weight, bias = (each[temporal - 1].detach() for each in (phi.weights, phi.biases))
-            found = None
-            if not (bool((weight[:, 0] == 1).all()) and not weight[:, 1].any() and not bias.any()):
-                shifted = self.scale * bias + self.shift * (1 - weight.sum(1))
-                first = Filling.copies(1, weight)
-                kept = self.layer.hands_to.kept(channel) if channel else slice(None)
-                found = Filling(
-                    torch.cat([first.weight, weight.float()])[..., kept].contiguous(),
-                    torch.cat([first.bias, shifted.float()])[..., kept].contiguous(),
-                )
-            self._fillings[temporal, channel] = found
+            self._fillings[temporal, channel] = build_filling(self, temporal, channel)
         return self._fillings[temporal, channel]
 
     def _reduce(self, channel: int, source: int) -> Reduced:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..cost.measure import describe_environment, static_macs
 from ..errors import RedconvertError
 from ..inputs import move_to, take_inputs
-from ..layers import dynamic_layers, resting_gates
+from ..layers import DynamicConv, resting_gates
 from ..progress import progress_bar
 from .history import History
 from .objective import Objective, Terms
@@ -23,7 +23,7 @@ from .parameters import OPTIMIZERS, build_optimizer, learning_rate_factor, param
 from .randomness import renew_loader, seed_position
 from .state import RunFile
 
-__all__ = ["Run", "Settings", "length_of"]
+__all__ = ["Run", "Settings", "length_of", "training_mode"]
 
 Norm = nn.modules.batchnorm._BatchNorm
 PRECISIONS = (None, "no", "bf16", "fp16")
@@ -149,7 +149,7 @@ class Run:
 
     def _train_epoch(self, epoch: int, skip: int, save_every: int | None, bar: Any) -> None:
         start, accumulate = time.perf_counter(), self.settings.accumulate
-        _training(self.dynamic, self.settings.freeze_norms, self.settings.dropout)
+        training_mode(self.dynamic, self.settings.freeze_norms, self.settings.dropout)
         per_epoch = math.ceil(length_of(self.train) / accumulate)
         for index, batch in self._batches(self.train, epoch):
             bar(1, self._describe(epoch))
@@ -277,17 +277,15 @@ class Run:
         return text
 
 
-def _training(dynamic: nn.Module, freeze_norms: bool, dropout: bool) -> None:
-    dynamic.train()
-    if not dropout:
-        for module in dynamic.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()
-    if freeze_norms:
-        gates = {m for layer in dynamic_layers(dynamic).values() for m in layer.gate.modules()}
-        for module in dynamic.modules():
-            if isinstance(module, Norm) and module not in gates:
-                module.eval()
+def training_mode(model: nn.Module, freeze_norms: bool, dropout: bool) -> None:
+    """``model.train()``, but for its own batch norms (gates keep theirs) and for dropout, where these are to rest."""
+    model.train()
+    layers = [module for module in model.modules() if isinstance(module, DynamicConv)]
+    gates = {module for layer in layers for module in layer.gate.modules()}
+    for module in model.modules():
+        rests = isinstance(module, nn.modules.dropout._DropoutNd) and not dropout
+        if rests or (freeze_norms and isinstance(module, Norm) and module not in gates):
+            module.eval()
 
 
 def length_of(loader: Any) -> int:

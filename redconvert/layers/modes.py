@@ -101,9 +101,9 @@ def observed(model: nn.Module, listener: Callable[[DynamicConv, Observation], No
         yield model
 
 
-def remembered(layers: Iterable[DynamicConv]) -> Callable[[], None]:
-    """A function that puts gates and cheap operations back to what they are now."""
-    now = [(part, copy.deepcopy(part.state_dict())) for layer in layers for part in layer.added_modules()]
+def remembered(parts: Iterable[nn.Module]) -> Callable[[], None]:
+    """A function that puts these modules, such as gates and cheap operations, back to what they are now."""
+    now = [(part, copy.deepcopy(part.state_dict())) for part in parts]
 
     def undo() -> None:
         for part, state in now:
@@ -113,12 +113,12 @@ def remembered(layers: Iterable[DynamicConv]) -> Callable[[], None]:
 
 
 @contextmanager
-def undone_on_error(layers: Iterable[DynamicConv]) -> Iterator[Callable[[], None]]:
-    """Whatever stops the block, gates and cheap operations are then what they were before it.
+def undone_on_error(parts: Iterable[nn.Module]) -> Iterator[Callable[[], None]]:
+    """Whatever stops the block, these modules are then what they were before it.
 
     What is yielded puts them back at any time.
     """
-    undo = remembered(layers)
+    undo = remembered(parts)
     try:
         yield undo
     except BaseException:
