@@ -40,22 +40,22 @@ class MatchedVariance:
         """Add one call's result and return it mended.
 
         Args:
-            out: of the dense stream, then of the reduced one, both of as many samples.
+            out: of the dense stream, then of the reduced ones, each of as many samples. It is written over.
             decisions: channel candidate of each reduced sample.
         """
         cheap, layer = self.layer.cheap_c, self.layer
         assert cheap is not None
-        dense, reduced = out.chunk(2)
-        mended = reduced.clone()
+        dense, reduced = out.tensor_split([len(out) - len(decisions) * layer.frames_per_sample])
         for i in set(decisions) - {0}:
             samples = torch.tensor([n for n, each in enumerate(decisions) if each == i], device=out.device)
             rows = sample_rows(samples, layer.frames_per_sample)
             dropped = torch.arange(layer.out_channels, device=out.device)[cheap.dropped(i)]
-            wanted, found = (each.index_select(0, rows).index_select(1, dropped) for each in (dense, reduced))
+            wanted = dense.index_select(0, rows % len(dense)).index_select(1, dropped)
+            found = reduced.index_select(0, rows).index_select(1, dropped)
             self.sums[i] += torch.cat([_count(found), *_moments(wanted), *_moments(found)])
             scale, shift = (each.to(out.dtype).view(-1, *(1,) * (out.dim() - 2)) for each in self._affine(i))
-            mended[rows[:, None], dropped] = found * scale + shift
-        return torch.cat([dense, mended])
+            reduced[rows[:, None], dropped] = found * scale + shift
+        return out
 
     def apply(self) -> None:
         """Fold what was found into the cheap operations."""

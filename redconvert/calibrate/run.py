@@ -16,7 +16,7 @@ from ..answers import in_backward
 from ..convert.trace import trace
 from ..errors import RedconvertError
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in, unwrapped
-from ..layers import Decision, DynamicConv, dynamic_layers, forced, observed
+from ..layers import Decision, DynamicConv, Observation, dynamic_layers, forced, observed
 from ..layers.absorb import pairs
 from ..layers.modes import undone_on_error
 from ..progress import Step, progress_bar
@@ -33,6 +33,7 @@ __all__ = ["calibrate"]
 
 Reduced: TypeAlias = tuple[int | None, int | None]  # candidates of the reduced half; None: as the gates decide
 GATES: Reduced = (None, None)
+STREAMS = 4  # reduced ones beside a dense one: more would hold more at once than the first pass, which differentiates
 Explained: TypeAlias = tuple[tuple[float | None, ...], tuple[float | None, ...]]
 Collect: TypeAlias = Callable[[DynamicConv, Tensor, Tensor, list[Decision]], Tensor | None]
 
@@ -102,7 +103,8 @@ def calibrate(
     reductions = run.candidates() if decisions == "candidates" else [GATES]
     matched = [reduced for reduced in reductions if match and reduced[0] != 0]
     absorbed = _absorbing(matched, rounds) if run.readers else []
-    passes = (decisions == "candidates") + rounds * len(reductions) + len(absorbed) + len(matched)
+    streams = [matched[i : i + STREAMS] for i in range(0, len(matched), STREAMS)]
+    passes = (decisions == "candidates") + rounds * len(reductions) + len(absorbed) + len(streams)
     with (
         evaluating(dynamic),
         undone_on_error(part for layer in layers.values() for part in layer.added_modules()),
@@ -114,8 +116,8 @@ def calibrate(
             explained = found if decisions == "gates" else explained
         for each in absorbed:
             run.absorb(each)
-        for reduced in matched:
-            run.match(reduced)
+        for together in streams:
+            run.match(together)
     nothing = {layer: run.unknown(layer) for layer in layers.values()}
     return Calibration(
         type(dynamic).__name__,
@@ -199,7 +201,7 @@ class _Run:
         with ExitStack() as stack:
             for reader in sources:
                 stack.callback(reader.register_forward_pre_hook(collect_read).remove)
-            self._pass(collect, None)
+            self._pass(collect, [])
         if self.metric is not None:
             self.metric.synchronize()
         self._finish([*channels.items(), *((layer, each) for layer, all_ in frames.items() for each in all_)])
@@ -248,7 +250,7 @@ class _Run:
             dense, reduced = out.chunk(2)
             found[layer].add(dense, reduced, decisions)
 
-        self._pass(collect, reduced)
+        self._pass(collect, [reduced])
         self._finish([(layer, each) for layer, moments in found.items() for each in moments.all()])
         least = ROWS_PER_CHANNEL if reduced == GATES else 0
         explained = {}
@@ -281,30 +283,37 @@ class _Run:
             found[layer].add_dense(x, out)
             return None
 
-        self._pass(mend, reduced, differentiating=False)
+        self._pass(mend, [] if reduced is None else [reduced], differentiating=False)
         self._finish(list(found.items()))
         for each in found.values():
             each.apply()
 
-    def match(self, reduced: Reduced) -> None:
-        """Give rebuilt channels the dense network's mean and variance, each layer behind those that are mended."""
+    def match(self, streams: list[Reduced]) -> None:
+        """Give rebuilt channels the dense network's mean and variance, each layer behind those that are mended.
+
+        One dense stream serves several reduced ones.
+        """
         found = {layer: MatchedVariance(layer) for layer in self.layers.values() if layer.rebuilds}
 
         def mend(layer: DynamicConv, _: Tensor, out: Tensor, decisions: list[Decision]) -> Tensor | None:
             return found[layer].mend(out, [0 if d.blend else d.channel for d in decisions]) if layer in found else None
 
-        self._pass(mend, reduced)
+        self._pass(mend, streams)
         for each in found.values():
             each.apply()
 
-    def _pass(self, collect: Collect, reduced: Reduced | None, differentiating: bool = True) -> None:
-        """Run all batches, dense or dense and reduced side by side.
+    def _pass(self, collect: Collect, streams: list[Reduced], differentiating: bool = True) -> None:
+        """Run all batches, dense and, side by side with that, reduced once for each of ``streams``.
 
-        ``collect(layer, x, out, decisions)`` sees every result, the reduced half second with its decisions; what it
-        returns, if anything, takes the result's place.
+        ``collect(layer, x, out, decisions)`` sees every result, the dense stream's samples first and then those of the
+        reduced ones, which took these decisions; what it returns, if anything, takes the result's place.
         """
         seen: dict[DynamicConv, list[Decision]] = {}
         handles, error = [], None
+
+        def listen(layer: DynamicConv, call: Observation) -> None:
+            seen[layer] = call.decisions[len(call.decisions) // (1 + len(streams)) :]
+
         for layer in self.layers.values():  # observers are called before hooks
             handles.append(layer.register_forward_hook(lambda m, args, out: collect(m, args[0], out, seen[m])))
         self.samples = 0
@@ -312,10 +321,8 @@ class _Run:
             for batch in each_batch(self.batches):
                 inputs = move_to(batch, device_of(self.model))
                 count = self._count(inputs)
-                with observed(
-                    self.model, lambda layer, call: seen.__setitem__(layer, call.decisions[len(call.decisions) // 2 :])
-                ):
-                    self._run(inputs, count, reduced, differentiating and self.metric is not None)
+                with observed(self.model, listen):
+                    self._run(inputs, count, streams, differentiating and self.metric is not None)
                 self.samples += count
                 self.step()
         except Exception as problem:
@@ -326,8 +333,8 @@ class _Run:
         raise_together(error, device_of(self.model))
         self.samples = int(sum_over_processes(torch.tensor(self.samples, device=device_of(self.model))))
 
-    def _run(self, inputs: Any, count: int, reduced: Reduced | None, differentiating: bool) -> None:
-        if reduced is None:
+    def _run(self, inputs: Any, count: int, streams: list[Reduced], differentiating: bool) -> None:
+        if not streams:
             with forced(self.model, channel=0, temporal=0), ExitStack() as stack:
                 if differentiating:
                     stack.enter_context(self.metric.differentiating())  # type: ignore[union-attr]
@@ -335,9 +342,11 @@ class _Run:
                 if differentiating:
                     self.metric.move(outputs)  # type: ignore[union-attr]
             return
-        dense: list[int | None] = [0] * count
-        with forced(self.model, channel=dense + [reduced[0]] * count, temporal=dense + [reduced[1]] * count):
-            call_with(self.model, _twice(inputs))
+        channel, temporal = (
+            [taken for taken in each for _ in range(count)] for each in zip((0, 0), *streams, strict=True)
+        )
+        with forced(self.model, channel=channel, temporal=temporal):
+            call_with(self.model, _repeated(inputs, 1 + len(streams)))
 
     def _count(self, inputs: Any) -> int:
         """Samples of a batch: rows, or clips where it is a batch of frames. Clips that the network folds are rows."""
@@ -371,9 +380,9 @@ def _share(left: Tensor, total: Tensor) -> float:
     return float(1 - left / total) if total > 0 else 1.0
 
 
-def _twice(inputs: Any) -> Any:
-    """Every tensor of the inputs, twice along the batch axis."""
-    return tree_map(lambda leaf: torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs)
+def _repeated(inputs: Any, times: int) -> Any:
+    """Every tensor of the inputs, so many times along the batch axis."""
+    return tree_map(lambda leaf: torch.cat([leaf] * times) if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs)
 
 
 def _count_batches(batches: Any) -> int:

@@ -1,6 +1,7 @@
 """Matched mean and variance of rebuilt channels: against the dense network, layer behind layer."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -85,6 +86,28 @@ def test_several_batches_come_close_to_one():
         results.append(moments(dynamic, channel=1))
     for (_, one), (_, other) in zip(results[0].values(), results[1].values(), strict=True):
         assert torch.allclose(one, other, rtol=0.1)
+
+
+@pytest.mark.parametrize("absorb", [False, True])
+def test_candidates_together_are_mended_as_one_by_one(monkeypatch, absorb):
+    """One dense stream beside three reduced ones, beside two and one, and beside each alone: the same numbers."""
+    config = redconvert.ConvertConfig(cheap="pointwise", shares=(0.75, 0.5, 0.25), absorb=absorb)
+    found = []
+    for streams in (4, 2, 1):
+        monkeypatch.setattr(sys.modules["redconvert.calibrate.run"], "STREAMS", streams)
+        dynamic = redconvert.convert(redundant(), config, example_inputs=batches()[0])
+        seen = []
+        handle = dynamic.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(len(args[0])))
+        redconvert.calibrate(dynamic, batches())
+        handle.remove()
+        found.append((dynamic.state_dict(), sum(seen)))
+    state, samples = found[0]
+    assert any("cheap_c.ops.2" in key for key in state)
+    for other, _ in found[1:]:
+        for key, value in state.items():
+            torch.testing.assert_close(other[key], value, atol=1e-5, rtol=1e-5)
+    # Beside the first pass, and one more for what is absorbed: four streams of 24, then five, then six.
+    assert [count for _, count in found] == [samples, samples + 24, samples + 48]
 
 
 def test_without_matching_variances_shrink():
