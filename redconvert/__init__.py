@@ -8,8 +8,8 @@ from .checkpoint import from_pretrained, load_weights, save_pretrained
 from .config import ConvertConfig, LayerConfig
 from .convert import Plan, convert, revert
 from .convert import make_plan as plan
-from .cost import Report, report
-from .deploy import Bench, Deployed, bench, deploy, export_onnx, freeze
+from .cost import LayerTimes, Report, report
+from .deploy import Bench, Deployed, bench, deploy, export_onnx, freeze, layer_times
 from .errors import RedconvertError
 from .finetune import EfficiencyLoss, History, distillation_loss, finetune, frozen_original, parameter_groups
 from .layers import DynamicConv2d, DynamicConv3d, Recipe, disabled, forced, observed, register, resting_gates
@@ -30,6 +30,7 @@ __all__ = [
     "EfficiencyLoss",
     "History",
     "LayerConfig",
+    "LayerTimes",
     "Plan",
     "Recipe",
     "RedconvertError",
@@ -51,6 +52,7 @@ __all__ = [
     "from_pretrained",
     "frozen_original",
     "keep_budget",
+    "layer_times",
     "load_weights",
     "observed",
     "parameter_groups",

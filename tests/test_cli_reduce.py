@@ -1,6 +1,7 @@
 """redconvert-cli reduce: files in, a network out that is as cheap as its answers allow."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,26 @@ def test_the_cheapest_that_keeps_the_answers(command):
     assert min(shares) == pytest.approx(spread.mean / float(spread.dense.mean()))
     assert set(facts["milliseconds"]) == {"original", "deployed, dense", "deployed"}
     assert all(value > 0 for value in facts["milliseconds"].values())
+
+
+def test_budgets_of_the_time(command, monkeypatch):
+    """What is taken is the fastest, here by times that are said: frames cost all, channels nothing."""
+
+    def said(dynamic, inputs, progress):
+        assert inputs.shape == (1, 3, 4, 16, 16)
+        layers = {
+            name: [[[1.0 - 0.2 * i - 0.01 * j] for j in range(2)] for i in range(5)] for name in dynamic_layers(dynamic)
+        }
+        return redconvert.LayerTimes(2.0, 0.0, layers, {})
+
+    monkeypatch.setattr(sys.modules["redconvert.cli.reduce"], "layer_times", said)
+    code, out, _ = command(*VIDEO, "--agreement", 0.01, "--budgets", "0.9,0.5,0.1", "--no-time", "--measure")
+    facts = json.loads(Path("saved/reduce.json").read_text())
+    times = [point["time"] for point in facts["curve"]["points"]]
+    assert code == 0 and "expected time" in out and facts["curve"]["unreachable"] == [0.1]
+    assert 0.9 >= times[0] > 0.5 >= times[1]
+    assert facts["chosen"] == min(facts["curve"]["points"], key=lambda point: point["time"])["budget"]
+    assert facts["times"]["dense_ms"] == 2.0 and "Taken: " in out and "of the time is expected" in out
 
 
 def test_images(command):

@@ -7,13 +7,14 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..calibrate import calibrate
 from ..cost.measure import MacsMeter
+from ..cost.times import LayerTimes
 from ..errors import BudgetTooLowError, RedconvertError, require
 from ..files import write_picture
 from ..inputs import call_with, device_of, each_labelled_batch, evaluating, move_to, tensors_in, unwrapped
@@ -38,6 +39,7 @@ class CurvePoint:
         agreement: how many first classes are those of the dense network.
         divergence: of the dense network's probabilities from these, Kullback-Leibler, in nats.
         accuracy: how many first classes are the label; None without labels.
+        time: the expected share of the dense network's time, where the budget is one of time.
     """
 
     budget: float
@@ -45,6 +47,12 @@ class CurvePoint:
     agreement: float
     divergence: float
     accuracy: float | None
+    time: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """What the budget is of: the time where that is known, else the multiply-adds."""
+        return self.share if self.time is None else self.time
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,16 +78,20 @@ class BudgetCurve:
     dense_accuracy: float | None
     refitted: bool
 
+    @property
+    def _timed(self) -> bool:
+        return any(point.time is not None for point in self.points)
+
     def cheapest(self, agreement: float) -> CurvePoint:
-        """The point with the fewest multiply-adds at which so many answers stay; RedconvertError: there is none."""
+        """The cheapest point at which so many answers stay; RedconvertError: there is none."""
         enough = [point for point in self.points if point.agreement >= agreement]
         if not enough:
             best = max(self.points, key=lambda point: point.agreement)
             raise RedconvertError(
                 f"at no budget do {agreement:.1%} of the answers stay: the most is {best.agreement:.1%}, at "
-                f"{best.share:.1%} of the dense MACs. Ask for less, or try larger budgets"
+                f"{best.cost:.1%} of the dense {'time' if self._timed else 'MACs'}. Ask for less, or try larger budgets"
             )
-        return min(enough, key=lambda point: point.share)
+        return min(enough, key=lambda point: point.cost)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,29 +100,32 @@ class BudgetCurve:
         return json.dumps(self.to_dict(), indent=2)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Answers that stay, and right ones where labels are known, against executed multiply-adds."""
+        """Answers that stay, and right ones where labels are known, against executed multiply-adds, or time."""
         figures = require("matplotlib.figure", extra="plot", purpose="The picture of a budget curve")
         figure = figures.Figure(figsize=(6.5, 4), layout="constrained")  # no pyplot: it would keep the figure
         axes = figure.subplots()
-        shares = [100.0, *(100 * point.share for point in self.points)]
+        shares = [100.0, *(100 * point.cost for point in self.points)]
         axes.plot(shares, [100.0, *(100 * point.agreement for point in self.points)], marker="o", label="that stay")
         if self.dense_accuracy is not None:
             right = [self.dense_accuracy, *(point.accuracy or 0.0 for point in self.points)]
             axes.plot(shares, [100 * share for share in right], marker="s", label="that are right")
             axes.legend(fontsize=8)
         what = "answers that stay, %" if self.dense_accuracy is None else "answers, %"
-        axes.set(xlabel="executed MACs, % of the dense network's", ylabel=what)
+        cost = "expected time" if self._timed else "executed MACs"
+        axes.set(xlabel=f"{cost}, % of the dense network's", ylabel=what)
         axes.set_ylim(top=101)
         axes.set_title(f"{self.model}, {self.samples} samples", loc="left", fontsize=10)
         axes.grid(alpha=0.3)
         write_picture(path, figure)
 
     def __str__(self) -> str:
-        labelled = self.dense_accuracy is not None
-        lines = [f"{'budget':>7}  {'MACs':>6}  {'same answer':>11}  {'divergence':>10}" + "   right" * labelled]
+        labelled, timed = self.dense_accuracy is not None, self._timed
+        head = f"{'budget':>7}  {'MACs':>6}  {'same answer':>11}  {'divergence':>10}"
+        lines = [head + "   right" * labelled + "    time" * timed]
         for point in self.points:
             line = f"{point.budget:7.1%}  {point.share:6.1%}  {point.agreement:11.1%}  {point.divergence:10.4f}"
-            lines.append(line + (f"  {point.accuracy:6.1%}" if point.accuracy is not None else ""))
+            line += f"  {point.accuracy:6.1%}" if point.accuracy is not None else ""
+            lines.append(line + (f"  {point.time:6.1%}" if point.time is not None else ""))
         if labelled:
             lines.append(f"{'dense':>7}  {1:6.1%}  {1:11.1%}  {0:10.4f}  {self.dense_accuracy:6.1%}")
         lines += [f"{budget:7.1%}  is below what the network can cost" for budget in self.unreachable]
@@ -125,6 +140,7 @@ def budget_curve(
     test: Any = None,
     refit: bool = False,
     keep: float | None = None,
+    times: LayerTimes | None = None,
     progress: bool = False,
 ) -> BudgetCurve:
     """Try budgets and say how many answers stay those of the dense network.
@@ -137,7 +153,7 @@ def budget_curve(
     Args:
         dynamic: what `redconvert.convert` returned, calibrated; it gives class scores ``(N, classes, ...)``.
         batches: for choosing what is reduced, without labels; can be read several times.
-        budgets: shares of the dense multiply-adds, in (0, 1].
+        budgets: shares of the dense multiply-adds, in (0, 1]; with ``times`` of the dense network's time.
         test: batches to measure on that were not used for calibration, with labels or without; None: ``batches``. The
             dense network's answers to them are kept in memory.
         refit: solve for the cheap operations again at every budget, given what is reduced then
@@ -145,6 +161,7 @@ def budget_curve(
             each budget.
         keep: leave the network at the cheapest budget at which this share of the answers stays, that of
             ``curve.cheapest(keep)``; where there is none it stays as it was.
+        times: see `set_budget`.
         progress: show a bar (needs rich).
 
     Raises:
@@ -168,22 +185,23 @@ def budget_curve(
     with undone_on_error(parts) as undo, progress_bar(progress, "Trying budgets", len(wanted) + 1) as step:
         answers = Answers(dynamic, batches if test is None else test)
         clear_budget(dynamic)
-        effects = harms(dynamic, batches) if is_constant(dynamic, batches) else None
+        effects = harms(dynamic, batches) if times is not None or is_constant(dynamic, batches) else None
         step()
         taken, least = undo, math.inf
         for budget in wanted:
             undo()
             try:
-                set_budget(dynamic, budget, batches, by="gates" if effects is None else "layers", effects=effects)
+                by: Literal["gates", "layers"] = "gates" if effects is None else "layers"
+                found = set_budget(dynamic, budget, batches, by=by, effects=effects, times=times)
             except BudgetTooLowError as error:
                 unreachable.append(budget)
                 too_low = error
             else:
                 if refit:
                     calibrate(dynamic, batches, decisions="gates")
-                points.append(point := CurvePoint(budget, *answers.compare(dynamic)))
-                if keep is not None and point.agreement >= keep and point.share < least:
-                    taken, least = remembered(parts), point.share
+                points.append(point := CurvePoint(budget, *answers.compare(dynamic), found.time))
+                if keep is not None and point.agreement >= keep and point.cost < least:
+                    taken, least = remembered(parts), point.cost
             step()
         taken()
     if not points:

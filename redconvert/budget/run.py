@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cost.measure import count_samples, static_macs
+from ..cost.times import LayerTimes
 from ..errors import BudgetTooLowError, RedconvertError
 from ..finetune.loss import EfficiencyLoss
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, unwrapped
@@ -49,12 +50,13 @@ class Budget:
     """What `set_budget` reached. Costs are shares of the dense network's multiply-adds.
 
     Attributes:
-        asked: the budget.
+        asked: the budget; of the time, where `time` is known.
         mean, lowest, highest, std: of the executed cost over the samples.
         by: "gates", "layers" or "inputs".
         samples: how many were measured.
         threshold: by gates and inputs, what every gate was moved by.
         harms: by layers, the expected divergence of the answer that each layer's choice causes alone.
+        time: by layers and times, the expected share of the dense network's time, deployed.
     """
 
     asked: float
@@ -66,6 +68,7 @@ class Budget:
     samples: int
     threshold: float | None = None
     harms: dict[str, float] | None = None
+    time: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,9 +77,11 @@ class Budget:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
+        asked = f"asked: {self.asked:.1%}" + ("" if self.time is None else " of the time")
+        expected = "" if self.time is None else f", expected to take {self.time:.1%} of the dense time"
         return (
-            f"{self.mean:.1%} of the dense MACs on average over {self.samples} samples (asked: {self.asked:.1%}), "
-            f"{self.lowest:.1%} to {self.highest:.1%}, standard deviation {self.std:.1%}, set by {self.by}"
+            f"{self.mean:.1%} of the dense MACs on average over {self.samples} samples ({asked}), "
+            f"{self.lowest:.1%} to {self.highest:.1%}, standard deviation {self.std:.1%}, set by {self.by}{expected}"
         )
 
 
@@ -87,6 +92,7 @@ def set_budget(
     *,
     by: Literal["auto", "gates", "layers", "inputs"] = "auto",
     effects: Mapping[str, Tensor] | None = None,
+    times: LayerTimes | None = None,
     progress: bool = False,
 ) -> Budget:
     """Move the gates' thresholds so that the average executed MACs meet a budget. Nothing is trained.
@@ -111,6 +117,8 @@ def set_budget(
         batches: unlabelled; an iterable that can be read several times.
         by: "auto" takes "layers" where every gate decides the same for all inputs.
         effects: by layers, what `redconvert.budget.harms` gave before, which spares measuring it again.
+        times: of `redconvert.layer_times`: the budget is then a share of the dense network's time, deployed, and layers
+            are chosen by the milliseconds that they save.
         progress: show a bar (needs rich).
 
     Returns:
@@ -118,19 +126,23 @@ def set_budget(
 
     Raises:
         BudgetTooLowError: a budget below what the search space allows; the message says what that is.
-        RedconvertError: no batches, an iterator that can be read only once, ``by="inputs"`` with soft gates. Gates are
-            then as they were.
+        RedconvertError: no batches, an iterator that can be read only once, ``by="inputs"`` with soft gates, times of
+            another network, or together with gates or inputs. Gates are then as they were.
     """
     check_budget(budget)
     if by not in ("auto", "gates", "layers", "inputs"):
         raise RedconvertError(f"by must be 'auto', 'gates', 'layers' or 'inputs', not {by!r}")
+    if times is not None and by not in ("auto", "layers"):
+        raise RedconvertError(
+            f"times are the prices of layers: leave them out, or set the budget by='layers', not {by!r}"
+        )
     with _running(dynamic, batches, progress, "Setting the budget") as run:
         clear_budget(run.model)
         if by == "auto":
-            by = "layers" if is_constant(run.model, batches) else "gates"
+            by = "layers" if times is not None or is_constant(run.model, batches) else "gates"
         if by == "inputs":
             run.write_gates()
-        return run.by_layers(budget, effects) if by == "layers" else run.by_gates(budget, by)
+        return run.by_layers(budget, effects, times) if by == "layers" else run.by_gates(budget, by)
 
 
 def calibrate_gates(dynamic: nn.Module, batches: Any, *, progress: bool = False) -> None:
@@ -267,23 +279,31 @@ class _Run:
 
     # -- one decision per layer ------------------------------------------------------------------------
 
-    def by_layers(self, budget: float, effects: Mapping[str, Tensor] | None = None) -> Budget:
+    def by_layers(
+        self, budget: float, effects: Mapping[str, Tensor] | None = None, times: LayerTimes | None = None
+    ) -> Budget:
         macs, dense = self._price_list()
-        least = self.meter.static_macs + sum(min(costs[-1] for costs in table.values()) for _, table in macs.values())
+        prices, fixed = {name: table for name, (_, table) in macs.items()}, self.meter.static_macs
+        if times is not None:
+            prices, fixed, dense = times.prices({n: self.layers[n] for n in prices}), times.rest_ms, times.dense_ms
+        least = fixed + sum(min(map(min, table.values())) for table in prices.values())
         if least > budget * dense:
-            raise self._too_low(budget, least / dense)
+            raise self._too_low(budget, least / dense, "MACs" if times is None else "time")
         effects = harms(self.model, self.batches) if effects is None else effects
         self.step()
         options = {
             name: [Choice(i, j, float(effects[name][i, j]), costs[0], costs) for (i, j), costs in table.items()]
-            for name, (_, table) in macs.items()
+            for name, table in prices.items()
         }
         sources = {reader: source for source, reader in pairs(self.layers).items()}
-        chosen = allocate(options, budget * dense - self.meter.static_macs, sources)
+        chosen = allocate(options, budget * dense - fixed, sources)
         for name, choice in chosen.items():
             _decide(self.layers[name].gate, choice)
         found = {name: choice.harm / 2 for name, choice in chosen.items()}  # half the square: the divergence
-        return self._result(budget, self.costs(), by="layers", harms=found)
+        read = {name: chosen[sources[name]].channel if sources.get(name) in chosen else 0 for name in chosen}
+        spent = fixed + sum(choice.cost(read[name]) for name, choice in chosen.items())
+        expected = None if times is None else spent / dense
+        return self._result(budget, self.costs(), by="layers", harms=found, time=expected)
 
     def _price_list(self) -> tuple[dict[str, tuple[float, Prices]], float]:
         """By layer that runs: dense MACs per sample, and those of each decision. And the dense MACs of the network."""
@@ -312,11 +332,11 @@ class _Run:
         std = float(costs.std()) if len(costs) > 1 else 0.0
         return Budget(asked, mean, low, high, std, samples=len(costs), **more)
 
-    def _too_low(self, budget: float, least: float) -> BudgetTooLowError:
+    def _too_low(self, budget: float, least: float, what: str = "MACs") -> BudgetTooLowError:
         least = math.ceil(least * 1e4) / 1e4  # upwards: a budget of what is printed is met
         return BudgetTooLowError(
-            f"budget={budget:g} is below the least that this network can cost, {least:.4f} of its dense MACs: ask for "
-            f"more, or convert with a larger search_space or fewer layers skipped"
+            f"budget={budget:g} is below the least that this network can cost, {least:.4f} of its dense {what}: ask "
+            f"for more, or convert with a larger search_space or fewer layers skipped"
         )
 
 

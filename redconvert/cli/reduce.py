@@ -16,7 +16,7 @@ from ..budget import BudgetCurve, CurvePoint, budget_curve
 from ..calibrate import calibrate
 from ..checkpoint import save_pretrained
 from ..cost.clock import interleaved
-from ..deploy import deploy
+from ..deploy import deploy, layer_times
 from ..errors import RedconvertError
 from ..files import write_text_atomic
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to
@@ -77,6 +77,10 @@ def reduce(
     device: Device = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the answers that stay against MACs.")] = None,
     time: Annotated[bool, typer.Option(help="Time the result too, deployed.")] = True,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Budgets are of the time here, deployed, not of the MACs.", show_default=False),
+    ] = False,
     inputs: Input = None,
     as_json: AsJson = False,
     trust: Trust = False,
@@ -89,7 +93,8 @@ def reduce(
     """Make a network as cheap as its answers allow, without training, from unlabelled videos or images; save it.
 
     Layers compute all, 7/8, 3/4, 5/8 or half of their channels, and all or half of their frames, unless --config or
-    --search-space says otherwise.
+    --search-space says otherwise. With --measure the network becomes as fast as its answers allow: shares are of the
+    dense network's time on this machine, both deployed.
     """
     settings = read_config(config, rule, search_space, num_frames, model, absorb)
     if config is None and search_space is None:
@@ -105,14 +110,17 @@ def reduce(
     fit, test = ready.batches(batch_size, kept), ready.batches(batch_size, tested)
     calibrate(ready.dynamic, fit, progress=shown(as_json))
     stay = stay if budget is None else 0.0
-    curve = budget_curve(ready.dynamic, fit, wanted, test=test, refit=True, keep=stay, progress=shown(as_json))
+    one = next(each_batch(ready.batches(1, tested)))
+    times = layer_times(ready.dynamic, one, progress=shown(as_json)) if measure else None
+    curve = budget_curve(
+        ready.dynamic, fit, wanted, test=test, refit=True, keep=stay, times=times, progress=shown(as_json)
+    )
     if plot is not None:
         curve.plot(plot)
     chosen = _cheapest(curve, stay, model, as_json)
     save_pretrained(ready.dynamic, out)
     facts = ready.facts | {"out": str(out), "plot": None if plot is None else str(plot), "chosen": chosen.budget}
-    facts["curve"] = curve.to_dict()
-    one = next(each_batch(ready.batches(1, tested)))
+    facts["curve"], facts["times"] = curve.to_dict(), None if times is None else times.to_dict()
     facts["milliseconds"] = _milliseconds(ready.dynamic, one) if time else None
     write_text_atomic(out / "reduce.json", json.dumps(facts, indent=2) + "\n")
     _show(curve, chosen, ready, facts, as_json)
@@ -154,10 +162,13 @@ def _milliseconds(dynamic: nn.Module, inputs: Any) -> dict[str, float]:
 
 def _table(curve: BudgetCurve, name: str, chosen: CurvePoint | None = None) -> Table:
     table = Table(title=f"{name}: answers that stay, without training", title_justify="left")
-    for header in ("budget", "MACs", "same first answer", "divergence, nats"):
+    timed = any(point.time is not None for point in curve.points)
+    for header in ("budget", *(["expected time"] if timed else []), "MACs", "same first answer", "divergence, nats"):
         table.add_column(header, justify="right")
     for point in curve.points:
-        row = (f"{point.budget:.0%}", f"{point.share:.1%}", f"{point.agreement:.1%}", f"{point.divergence:.4f}")
+        row = [f"{point.budget:.0%}", f"{point.share:.1%}", f"{point.agreement:.1%}", f"{point.divergence:.4f}"]
+        if timed:
+            row.insert(1, "" if point.time is None else f"{point.time:.1%}")
         table.add_row(*row, style="bold" if point == chosen else None)
     for budget in curve.unreachable:
         table.add_row(f"{budget:.0%}", "too low", style="dim")
@@ -171,7 +182,10 @@ def _show(curve: BudgetCurve, chosen: CurvePoint, ready: Prepared, facts: dict[s
     console.print(_table(curve, facts["name"], chosen))
     where = say_where(facts, len(ready.read.clips))
     console.print(f"Measured on {curve.samples} of {where}; calibrated with the others.")
-    console.print(f"Taken: {chosen.share:.1%} of the MACs, {chosen.agreement:.1%} of the answers stay.", style="bold")
+    of_time = "" if chosen.time is None else f"{chosen.time:.1%} of the time is expected, "
+    console.print(
+        f"Taken: {of_time}{chosen.share:.1%} of the MACs, {chosen.agreement:.1%} of the answers stay.", style="bold"
+    )
     if facts["milliseconds"]:
         times = ", ".join(f"{name} {value:.1f} ms" for name, value in facts["milliseconds"].items())
         console.print(f"One sample, {torch.get_num_threads()} threads: {times}.")

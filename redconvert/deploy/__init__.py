@@ -4,5 +4,6 @@ from .bench import Bench, bench
 from .engine import Deployed, deploy
 from .export import export_onnx
 from .frozen import freeze
+from .times import layer_times
 
-__all__ = ["Bench", "Deployed", "bench", "deploy", "export_onnx", "freeze"]
+__all__ = ["Bench", "Deployed", "bench", "deploy", "export_onnx", "freeze", "layer_times"]

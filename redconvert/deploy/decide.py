@@ -16,6 +16,8 @@ from .pack import to_rows
 
 __all__ = ["FoldedGate"]
 
+ROUNDING = 1e-5  # of sums of a few dozen products, amply
+
 
 class FoldedGate:
     """``z = W2 tanh(W1 G(x) + b1) + b2``: norm, beta, threshold and pooling in time folded in (Eq. 4).
@@ -29,6 +31,7 @@ class FoldedGate:
         self.split = gate.num_temporal if gate.num_temporal > 1 else 0  # z holds the temporal candidates first
         self._version = -1
         self._layers: dict[tuple[int, int, int], kernels.GateLayers] = {}
+        self._constant: Decision | None = None
 
     def __call__(self, x: Tensor | Frames, sources: list[int] | None = None) -> tuple[list[Decision], Tensor]:
         """From the layer's input, a decision per sample and z ``(N, S_t + S_c)``. The device is read once.
@@ -38,9 +41,7 @@ class FoldedGate:
         held, stride = (x.held, x.stride) if isinstance(x, Frames) else (x, 1)
         compact = sources[0] if sources and self.reads is not None and held.shape[1] < self.reads.channels[0] else 0
         key = (x.shape[2], stride, compact)
-        if self._version != self.gate.threshold._version:
-            self._version = self.gate.threshold._version
-            self._layers.clear()
+        self._read_thresholds()
         layers = self._layers.get(key) or self._fold(*key)
         pooled = x.pooled if isinstance(x, Frames) else None
         if not compact and self.reads is not None and sources is not None and any(sources):
@@ -51,6 +52,28 @@ class FoldedGate:
             Decision(_first_open(row[split:]), _first_open(row[:split]) if split else 0, False, source)
             for row, source in zip(z.tolist(), given, strict=True)
         ], z
+
+    @property
+    def constant(self) -> Decision | None:
+        """What it decides whatever it reads; None where that depends on the input.
+
+        tanh bounds what the second layer adds: ``|z - (beta - threshold)| <= sum |W2|``. So it is after a budget by
+        layers, which moves thresholds out of reach.
+        """
+        self._read_thresholds()
+        return self._constant
+
+    def _read_thresholds(self) -> None:
+        """Whatever was made of other thresholds is made anew."""
+        if self._version == self.gate.threshold._version:
+            return
+        self._version = self.gate.threshold._version
+        self._layers.clear()
+        middle = (self.gate.beta.float() - self.gate.threshold.float()).detach()
+        reach = self.gate.fc2.weight.detach().float().abs().sum(1) * (1 + ROUNDING) + ROUNDING
+        bounds = list(zip((middle - reach).tolist(), (middle + reach).tolist(), strict=True))
+        channel, temporal = _always(bounds[self.split :]), _always(bounds[: self.split])
+        self._constant = None if channel is None or temporal is None else Decision(channel, temporal)
 
     def weights(self, z: Tensor, normalize: bool) -> GateWeights:
         """The weights that the layer itself would report for z."""
@@ -93,3 +116,13 @@ def _first_open(row: list[float]) -> int:
         if z > 0:
             return index
     return max(len(row) - 1, 0)
+
+
+def _always(bounds: list[tuple[float, float]]) -> int | None:
+    """The largest open candidate, else the last, where that is the same for every z within these bounds."""
+    for index, (low, high) in enumerate(bounds[:-1]):
+        if low > 0:
+            return index
+        if high > 0:
+            return None
+    return max(len(bounds) - 1, 0)

@@ -156,7 +156,7 @@ class Deployed(nn.Module):
         total = rows // frames if cuttable else 1
         self.batch.seen.clear()
         self.batch.total = total
-        self.batch.gates_run = self.batch.always_ask or any(map(_asks_its_gate, self._layers))
+        self.batch.gates_run = self.batch.always_ask or any(map(self._asks_its_gate, self._layers))
         outputs = []
         for sample in range(total):
             self.batch.first = sample
@@ -193,6 +193,12 @@ class Deployed(nn.Module):
                 )
             if tensor.numel() == 0:
                 raise RedconvertError(f"an empty batch, shape {tuple(tensor.shape)}: give at least one sample")
+
+    def _asks_its_gate(self, layer: DynamicConv) -> bool:
+        if layer.forced == (None, None):
+            unit = self._stand_ins.get(id(layer))
+            return layer.enabled and (unit is None or bool(layer.observers) or unit.known() is None)
+        return layer.enabled and any(each is None or (isinstance(each, list) and None in each) for each in layer.forced)
 
     def _tell(self, total: int) -> None:
         """Tell observers of the whole batch what its samples decided: one observation per call of a layer."""
@@ -359,10 +365,6 @@ def _observation(unit: Unit, seen: list[Seen]) -> Observation:
     weights = GateWeights(*(torch.cat(parts) for parts in zip(*(each.weights for each in seen), strict=True)))
     sources = [each.source for each in seen if each.source is not None]
     return Observation(shapes[0], shapes[1], weights, decisions, torch.cat(sources) if sources else None)
-
-
-def _asks_its_gate(layer: DynamicConv) -> bool:
-    return layer.enabled and any(each is None or (isinstance(each, list) and None in each) for each in layer.forced)
 
 
 def _cut(leaf: Any, part: slice) -> Any:

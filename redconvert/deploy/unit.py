@@ -191,9 +191,10 @@ class Unit(nn.Module):
         sources = None if layer.reads_from is None else layer.reads_from.take(num_samples, layer.layer_name).candidates
         given = sources or [0] * num_samples
         if layer.forced == (None, None):
-            if self.baked is None:
+            known = self.baked if layer.observers or self.batch.always_ask else self.known()
+            if known is None:
                 return self.gate(x, sources)
-            return [self.baked._replace(source=source) for source in given], None
+            return [known._replace(source=source) for source in given], None
         axes = self._forced(num_samples)
         asked = self.batch.always_ask or any(index is None for axis in axes for index in axis)
         gated, z = self.gate(x, sources) if asked else ([FULL] * num_samples, None)
@@ -201,6 +202,10 @@ class Unit(nn.Module):
             Decision(g.channel if i is None else i, g.temporal if j is None else j, False, source)
             for g, i, j, source in zip(gated, *axes, given, strict=True)
         ], z
+
+    def known(self) -> Decision | None:
+        """The decision of every input, where the gate need not be asked; None where it must be."""
+        return self.baked or (None if self.gate is None else self.gate.constant)
 
     def _forced(self, num_samples: int) -> list[list[int | None]]:
         """What `redconvert.forced` asks of these samples, on the channel and the temporal axis."""
