@@ -84,6 +84,29 @@ def cascades_against_macs(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def answers_against_time(result: dict[str, Any], path: Path) -> None:
+    """What budgets of time and of multiply-adds do to the answers, against the milliseconds that they take."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for kind, color in (("time", "#2f6fb3"), ("multiply-adds", "#c4572e")):
+        rows = sorted((row for row in result["rows"] if row["kind"] == kind), key=lambda row: row["ms"])
+        ms = [row["ms"] for row in rows]
+        label = f"budgets of {kind}"
+        left.plot(ms, [row["divergence"] for row in rows], marker="o", color=color, label=label)
+        right.plot(ms, [100 * row["agreement"] for row in rows], marker="o", color=color, label=label)
+    dense = result["rows"][0]["ms"]
+    for axes in (left, right):
+        axes.axvline(dense, color="gray", linestyle=":", linewidth=1, label="dense, deployed")
+        axes.set_xlabel("milliseconds for one clip, deployed")
+        axes.grid(alpha=0.3)
+    left.set(yscale="log", ylabel="divergence from the dense network's answers, nats")
+    right.set_ylabel("same top-1 answer as the dense network, %")
+    left.legend(fontsize=8)
+    left.set_title(f"I3D without training, {result['test_clips']} J-HMDB test clips", loc="left", fontsize=10)
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

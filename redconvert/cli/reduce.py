@@ -52,6 +52,7 @@ __all__ = ["reduce"]
 BUDGETS = "0.95,0.9,0.85,0.8,0.7,0.6"
 # Of the channels, where the options name no candidates: without training halves are too coarse.
 SHARES = (0.875, 0.75, 0.625, 0.5)
+ALIGN = 16  # of budgets of time: kernels take so many channels at once, and fewer are no faster
 
 
 @app.command()
@@ -98,7 +99,7 @@ def reduce(
     """
     settings = read_config(config, rule, search_space, num_frames, model, absorb)
     if config is None and search_space is None:
-        settings = replace(settings, shares=SHARES)
+        settings = replace(settings, shares=SHARES, align=ALIGN if measure else settings.align)
     check_targets(out, plot)
     wanted = _shares(budgets) if budget is None else [check_share(budget, "--budget")]
     if agreement is not None and budget is not None:
