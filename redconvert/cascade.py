@@ -16,7 +16,7 @@ from .cost import dense_macs
 from .cost.measure import MacsMeter
 from .deploy import deploy
 from .errors import RedconvertError
-from .inputs import call_with, device_of, each_batch, evaluating, move_to
+from .inputs import call_with, device_of, each_batch, measuring, move_to
 from .layers import dynamic_layers
 from .layers.modes import attributes
 from .layers.routing import sample_rows, select
@@ -157,7 +157,7 @@ def cascade(
     if not isinstance(budget, int | float) or not budget > 0:
         raise RedconvertError(f"budget={budget!r} must be a positive share of the dense MACs")
     meter, parts = MacsMeter(dynamic, dynamic_layers(dynamic)), []
-    with evaluating(dynamic):
+    with measuring(dynamic):
         for batch in each_batch(batches):
             parts.append(confidence(_scores(meter.run(move_to(batch, device_of(dynamic))))).double().cpu())
     sure = torch.cat(parts)
@@ -200,5 +200,5 @@ def _samples(inputs: Any, samples: Tensor, count: int) -> Any:
 
 def _rows(inputs: Any, model: nn.Module) -> int:
     """How many samples a batch holds: as many as it has answers."""
-    with evaluating(model):
+    with measuring(model):
         return len(_scores(call_with(model, inputs)))

@@ -14,6 +14,7 @@ from redconvert.inputs import (
     device_of,
     each_batch,
     evaluating,
+    measuring,
     move_to,
     take_inputs,
     tensors_in,
@@ -87,3 +88,28 @@ def test_evaluating():
         raise ValueError
     assert [module.training for module in model.modules()] == [True, False, True]
     assert torch.is_grad_enabled()
+
+
+def test_max_pools_of_clips_are_measured_channels_last():
+    """The same to the bit, on a CPU alone; afterwards nothing is hooked and every flag is back."""
+    seen = []
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool, self.flat = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.MaxPool2d(2)
+            self.pool.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+
+        def forward(self, x):
+            return self.flat(self.pool(x).flatten(1, 2))
+
+    model, x = Net().train(), torch.randn(2, 3, 4, 9, 9)
+    wanted = model(x)
+    with measuring(model):
+        assert not model.training and not torch.is_grad_enabled()
+        found = model(x)
+    assert torch.equal(found, wanted) and torch.equal(seen[0], seen[1])
+    assert [each.is_contiguous(memory_format=torch.channels_last_3d) for each in seen] == [False, True]
+    assert model.training and not model.pool._forward_pre_hooks
+    with measuring(model.pool):
+        assert torch.equal(model.pool(x[0]), nn.functional.max_pool3d(x[0], (1, 3, 3), (1, 2, 2), (0, 1, 1)))

@@ -17,7 +17,7 @@ from ..cost.measure import MacsMeter
 from ..cost.times import LayerTimes
 from ..errors import BudgetTooLowError, RedconvertError, require
 from ..files import write_picture
-from ..inputs import call_with, device_of, each_labelled_batch, evaluating, move_to, tensors_in, unwrapped
+from ..inputs import call_with, device_of, each_labelled_batch, measuring, move_to, tensors_in, unwrapped
 from ..layers import disabled, dynamic_layers
 from ..layers.modes import remembered, undone_on_error
 from ..progress import progress_bar
@@ -217,7 +217,7 @@ class Answers:
         self.batches, self.dense = batches, list[Tensor]()
         right: list[Tensor] = []
         self.labelled, self.samples = True, 0
-        with evaluating(dynamic), disabled(dynamic):
+        with measuring(dynamic), disabled(dynamic):
             for inputs, labels in each_labelled_batch(batches):
                 scores = _scores(call_with(dynamic, move_to(inputs, device_of(dynamic))))
                 self.dense.append(scores)
@@ -231,7 +231,7 @@ class Answers:
         """Share of MACs, agreement, divergence and accuracy of the network as it is now."""
         meter = MacsMeter(dynamic, dynamic_layers(dynamic))
         same, apart, right = [], [], []
-        with evaluating(dynamic):
+        with measuring(dynamic):
             for (inputs, labels), dense in zip(each_labelled_batch(self.batches), self.dense, strict=True):
                 scores = _scores(meter.run(move_to(inputs, device_of(dynamic))))
                 same.append((scores.argmax(1) == dense.argmax(1)).flatten())

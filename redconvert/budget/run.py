@@ -17,7 +17,7 @@ from ..cost.measure import count_samples, static_macs
 from ..cost.times import LayerTimes
 from ..errors import BudgetTooLowError, RedconvertError
 from ..finetune.loss import EfficiencyLoss
-from ..inputs import call_with, device_of, each_batch, evaluating, move_to, unwrapped
+from ..inputs import call_with, device_of, each_batch, measuring, move_to, unwrapped
 from ..layers import DynamicConv, Observation, dynamic_layers, forced, observed
 from ..layers.absorb import pairs
 from ..layers.gate import Gate
@@ -190,7 +190,7 @@ def is_constant(dynamic: nn.Module, batches: Any) -> bool:
     """Whether every gate decides the same for all inputs."""
     decisions: dict[DynamicConv, set[Any]] = {}
     with (
-        evaluating(dynamic),
+        measuring(dynamic),
         observed(dynamic, lambda layer, seen: decisions.setdefault(layer, set()).update(seen.decisions)),
     ):
         for batch in each_batch(batches):
@@ -225,7 +225,7 @@ class _Run:
     def costs(self, listener: Callable[[DynamicConv, Observation], None] = lambda layer, seen: None) -> Tensor:
         """Executed share of every sample, under the present thresholds."""
         found, seen = [], []
-        with evaluating(self.model), observed(self.model, listener), observed(self.model, lambda _, o: seen.append(o)):
+        with measuring(self.model), observed(self.model, listener), observed(self.model, lambda _, o: seen.append(o)):
             for batch in each_batch(self.batches):
                 seen.clear()
                 inputs = move_to(batch, device_of(self.model))

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from ..answers import in_backward
 from ..convert.trace import trace
 from ..errors import RedconvertError
-from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in, unwrapped
+from ..inputs import call_with, device_of, each_batch, measuring, move_to, tensors_in, unwrapped
 from ..layers import Decision, DynamicConv, Observation, dynamic_layers, forced, observed
 from ..layers.absorb import pairs
 from ..layers.modes import undone_on_error
@@ -106,7 +106,7 @@ def calibrate(
     streams = [matched[i : i + STREAMS] for i in range(0, len(matched), STREAMS)]
     passes = (decisions == "candidates") + rounds * len(reductions) + len(absorbed) + len(streams)
     with (
-        evaluating(dynamic),
+        measuring(dynamic),
         undone_on_error(part for layer in layers.values() for part in layer.added_modules()),
         progress_bar(progress, "Calibrating", passes * _count_batches(batches) or None) as run.step,
     ):

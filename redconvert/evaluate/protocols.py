@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import RedconvertError
-from ..inputs import call_with, device_of, evaluating, move_to, tensors_in
+from ..inputs import call_with, device_of, measuring, move_to, tensors_in
 from ..progress import progress_bar
 
 __all__ = ["Accuracy", "clip_1", "video_1"]
@@ -65,7 +65,7 @@ def clip_1(
     """
     found: list[tuple[Tensor, Tensor]] = []
     batches = _batches(data, batch_size, num_workers)
-    with evaluating(model), progress_bar(progress, "clip-1", _length(batches)) as step:
+    with measuring(model), progress_bar(progress, "clip-1", _length(batches)) as step:
         for batch in batches:
             inputs, labels = _pair(batch)
             found.append((_probabilities(model, inputs, len(labels)), labels))
@@ -107,7 +107,7 @@ def video_1(
         data = data.views(num_clips, num_crops)
     found: list[tuple[Tensor, Tensor]] = []
     batches = _batches(data, 1, num_workers)
-    with evaluating(model), progress_bar(progress, "video-1", _length(batches)) as step:
+    with measuring(model), progress_bar(progress, "video-1", _length(batches)) as step:
         for batch in batches:
             inputs, labels = _pair(batch)
             found.append((_mean_over_views(model, inputs, len(labels), batch_size), labels))

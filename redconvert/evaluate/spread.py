@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..cost.measure import MacsMeter
 from ..errors import RedconvertError
-from ..inputs import device_of, each_batch, evaluating, move_to
+from ..inputs import device_of, each_batch, measuring, move_to
 from ..layers import dynamic_layers
 from ..progress import progress_bar
 
@@ -90,7 +90,7 @@ def spread_of_macs(model: nn.Module, batches: Any, *, progress: bool = False) ->
         RedconvertError: no dynamic layers, no batches, or a batch that is none.
     """
     meter = MacsMeter(model, dynamic_layers(model))
-    with evaluating(model), progress_bar(progress, "Counting MACs of every sample") as step:
+    with measuring(model), progress_bar(progress, "Counting MACs of every sample") as step:
         for batch in each_batch(batches):
             meter.run(move_to(batch, device_of(model)))
             step()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..convert import revert
 from ..errors import RedconvertError
-from ..inputs import call_with, evaluating, tensors_in
+from ..inputs import call_with, measuring, tensors_in
 
 __all__ = ["TEMPERATURE", "distillation_loss", "frozen_original", "teach"]
 
@@ -39,7 +39,7 @@ def frozen_original(dynamic: nn.Module) -> nn.Module:
 @torch.no_grad()
 def teach(teacher: Callable[..., Any], inputs: Any) -> Any:
     """What ``teacher``, a network (in ``eval()``, whatever its flags) or a function, answers to ``inputs``."""
-    with evaluating(teacher) if isinstance(teacher, nn.Module) else nullcontext():
+    with measuring(teacher) if isinstance(teacher, nn.Module) else nullcontext():
         return call_with(teacher, inputs)  # type: ignore[arg-type]
 
 
