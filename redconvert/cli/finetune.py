@@ -39,7 +39,7 @@ from .options import (
     Trust,
     read_config,
 )
-from .preparing import Prepared, Source, check_share, check_targets, prepare, say_where, split
+from .preparing import Prepared, Source, check_share, check_targets, prepare, say_saved, say_where, split
 from .progress import shown
 from .samples import Batches
 
@@ -167,12 +167,7 @@ def _show(
     table.add_row(f"{last['epoch']:.0f}", *_cells(after), f"{last['loss']:.4f}", style="bold")
     console.print(table)
     console.print(f"Measured on {facts['tested']} of {say_where(facts, len(ready.read.clips))}; trained on the others.")
-    picture = f"; picture: {facts['plot']}" if facts["plot"] else ""
-    folder = str(Path(facts["out"]) / "model")
-    console.print(
-        f"Saved: {folder}{picture}. In Python: dynamic = redconvert.from_pretrained(model, {folder!r}), then "
-        f"redconvert.deploy(dynamic, inputs)."
-    )
+    console.print(say_saved(str(Path(facts["out"]) / "model"), facts["plot"]))
 
 
 def _cells(point: CurvePoint) -> tuple[str, str, str]:

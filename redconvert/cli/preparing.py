@@ -23,7 +23,7 @@ from .preprocess import default_normalisation, three_numbers
 from .progress import tracked
 from .samples import IMAGES, VIDEOS, Batches, Samples, choose, find_files, read_samples
 
-__all__ = ["Prepared", "Source", "check_share", "check_targets", "prepare", "say_where", "split"]
+__all__ = ["Prepared", "Source", "check_share", "check_targets", "prepare", "say_saved", "say_where", "split"]
 
 TEST_EVERY = 4  # of the files (or, of a single file, of the samples) one is kept to measure on
 
@@ -109,6 +109,15 @@ def say_where(facts: dict[str, Any], samples: int) -> str:
     mean, std = (",".join(f"{value:g}" for value in facts[key]) for key in ("mean", "std"))
     shapes = " + ".join("x".join(map(str, shape[1:])) for shape in facts["input_shapes"])
     return f"{samples} samples of {shapes} from {facts['files']} files, (x - mean) / std with mean {mean} and std {std}"
+
+
+def say_saved(folder: str, plot: str | None) -> str:
+    """Where the network is and how to go on with it, for the last line."""
+    picture = f"; picture: {plot}" if plot else ""
+    return (
+        f"Saved: {folder}{picture}. In Python: dynamic = redconvert.from_pretrained(model, {folder!r}), then "
+        f"redconvert.deploy(dynamic, inputs)."
+    )
 
 
 class _Wanted(NamedTuple):

@@ -44,7 +44,7 @@ from .options import (
     Weights,
     read_config,
 )
-from .preparing import Prepared, Source, check_share, check_targets, prepare, say_where, split
+from .preparing import Prepared, Source, check_share, check_targets, prepare, say_saved, say_where, split
 from .progress import shown
 
 __all__ = ["reduce"]
@@ -190,8 +190,4 @@ def _show(curve: BudgetCurve, chosen: CurvePoint, ready: Prepared, facts: dict[s
     if facts["milliseconds"]:
         times = ", ".join(f"{name} {value:.1f} ms" for name, value in facts["milliseconds"].items())
         console.print(f"One sample, {torch.get_num_threads()} threads: {times}.")
-    picture = f"; picture: {facts['plot']}" if facts["plot"] else ""
-    console.print(
-        f"Saved: {facts['out']}{picture}. In Python: dynamic = redconvert.from_pretrained(model, {facts['out']!r}), "
-        f"then redconvert.deploy(dynamic, inputs)."
-    )
+    console.print(say_saved(facts["out"], facts["plot"]))
