@@ -41,6 +41,11 @@ AGREEING = {
         "rules": dict.fromkeys(("stem.conv2*", "*branch0*", "*conv_a*", "*branch3*", "logits")),
     },
     "absorbed": {"shares": (0.875, 0.75, 0.625, 0.5), "absorb": True, "rules": {"logits": None}},
+    "principal": {
+        "cheap": "principal",
+        "shares": (0.875, 0.75, 0.625, 0.5, 0.375, 0.25),
+        "rules": dict.fromkeys(("stem.conv2*", "*branch0*", "*conv_a*", "*branch3*", "logits")),
+    },
 }
 ABSORBED_SHARES = (0.75, 0.5)  # what is left out between two layers is saved twice: halves alone are coarse
 
@@ -186,7 +191,7 @@ def _curve(
     base: nn.Module, options: dict[str, Any], budgets: list[float], calibration: list[Tensor], test: list[Tensor]
 ) -> dict[str, Any]:
     """Calibrated, then solved for again under each budget."""
-    config = redconvert.ConvertConfig(cheap="pointwise", temporal=False, **options)
+    config = redconvert.ConvertConfig(**{"cheap": "pointwise", "temporal": False, **options})
     dynamic = redconvert.convert(base, config, example_inputs=test[0][:1])
     seconds = {"dense_pass": _seconds(lambda: [answer(base, clips) for clips in calibration])}
     seconds["calibrate"] = _seconds(lambda: redconvert.calibrate(dynamic, calibration, progress=True))

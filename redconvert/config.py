@@ -17,7 +17,7 @@ from .errors import RedconvertError
 __all__ = ["ConvertConfig", "LayerConfig", "Pattern", "Rule"]
 
 GATES = ("hard", "soft")
-CHEAP = ("auto", "pointwise", "depthwise", "scale")
+CHEAP = ("auto", "pointwise", "principal", "depthwise", "scale")
 
 Pattern: TypeAlias = str | type | Callable[[str, nn.Module], bool]
 
@@ -35,7 +35,9 @@ class LayerConfig:
             ``"soft"`` is the paper's weighted sum of all open candidates.
         cheap: how dropped channels are rebuilt from the kept ones: ``"pointwise"`` (a 1x1 convolution),
             ``"depthwise"`` (3x3 on one source channel each), ``"scale"`` (one source channel each), or
-            ``"auto"``: pointwise where it costs at most 10 % of what it saves, else scale.
+            ``"auto"``: pointwise where it costs at most 10 % of what it saves, else scale. ``"principal"`` is
+            pointwise from mixtures of the filters, which calibration makes span the principal components of the
+            result: the best without training. Needs ``gate="hard"``; grouped convolutions take ``"auto"``.
         absorb: where one convolution alone reads the channels, behind norm, activation or pooling, do not rebuild them:
             that convolution computes from those that are there, with a weight of its own for each candidate
             (`redconvert.layers.Absorbed`). It saves input channels, too. Needs ``gate="hard"``.
@@ -75,6 +77,10 @@ class LayerConfig:
                 raise RedconvertError(f"{name} must be True or False, not {getattr(self, name)!r}")
         _check_choice(self, "gate", GATES)
         _check_choice(self, "cheap", CHEAP)
+        if self.cheap == "principal" and self.gate == "soft":
+            raise RedconvertError(
+                "cheap='principal' needs gate='hard': what one candidate computes says nothing of what others do"
+            )
         if self.absorb and self.gate == "soft":
             raise RedconvertError(
                 "absorb=True needs gate='hard': a soft gate mixes candidates, and their sum has all channels"

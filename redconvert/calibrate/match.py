@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import DynamicConv
+from ..layers.cheap import Principal
 from ..layers.routing import sample_rows
 from .statistics import sum_over_processes
 
@@ -21,6 +22,8 @@ HIGHEST_SCALE = 2.0
 class MatchedVariance:
     """Of one layer: ``a y + b`` for each rebuilt channel, such that its mean and variance are the dense network's.
 
+    Where mixtures are computed, that is every channel.
+
     A regression shrinks what it predicts towards the mean, layer after layer, and the norms behind expect the
     dense network's variance. Layers are mended in the order in which they run: the forward hook below returns the
     mended result, so each layer sees inputs that are right already, and one pass does for all.
@@ -28,7 +31,9 @@ class MatchedVariance:
 
     def __init__(self, layer: DynamicConv) -> None:
         self.layer = layer
-        counts = [layer.out_channels - kept for kept in layer.candidates.channels]
+        cheap = layer.cheap_c
+        assert cheap is not None
+        counts = [layer.out_channels - (0 if cheap.is_principal else kept) for kept in layer.candidates.channels]
         # Per candidate: count, sums and squares of dense and reduced, (1 + 4 D).
         self.sums = {
             i: torch.zeros(1 + 4 * dropped, dtype=torch.float64, device=layer.weight.device)
@@ -49,7 +54,7 @@ class MatchedVariance:
         for i in set(decisions) - {0}:
             samples = torch.tensor([n for n, each in enumerate(decisions) if each == i], device=out.device)
             rows = sample_rows(samples, layer.frames_per_sample)
-            dropped = torch.arange(layer.out_channels, device=out.device)[cheap.dropped(i)]
+            dropped = torch.arange(layer.out_channels, device=out.device)[cheap.changed(i)]
             wanted = dense.index_select(0, rows % len(dense)).index_select(1, dropped)
             found = reduced.index_select(0, rows).index_select(1, dropped)
             self.sums[i] += torch.cat([_count(found), *_moments(wanted), *_moments(found)])
@@ -65,7 +70,10 @@ class MatchedVariance:
             if sums[0] > 0:
                 op = self.layer.cheap_c.op(i)
                 scale, shift = (each.to(op.bias.dtype) for each in self._affine(i))
-                _rescale(op.weight, op.bias, scale, shift)
+                if isinstance(op, Principal):
+                    op.rescale(scale, shift)
+                else:
+                    _rescale(op.weight, op.bias, scale, shift)
 
     def _affine(self, index: int) -> tuple[Tensor, Tensor]:
         sums = self.sums[index]

@@ -26,7 +26,7 @@ from .metric import AnswerMetric
 from .reduced import ROWS_PER_CHANNEL, ReducedMoments
 from .result import CalibratedLayer, Calibration
 from .select import greedy_order, greedy_sources
-from .solve import solve_channels, solve_frames
+from .solve import solve_channels, solve_frames, solve_principal
 from .statistics import ChannelMoments, FrameMoments, norm_slope, raise_together, sum_over_processes
 
 __all__ = ["calibrate"]
@@ -219,9 +219,13 @@ class _Run:
             weights = torch.ones_like(weights)  # the norm lies in front
         if self.metric is not None:
             weights = self.metric.weights(layer, weights, moments)
-        choose = greedy_order if cheap.kinds[0] in ("pointwise", "none") else greedy_sources
+        choose = greedy_order if cheap.kinds[0] in ("pointwise", "principal", "none") else greedy_sources
         steps = cheap.channels[1] // (layer.out_channels // layer.groups if layer.groups > 1 else 1)
         cheap.set_order(choose(moments.covariance, weights, layer.groups, steps))
+        if cheap.is_principal:
+            worth, total = self.importance[layer], moments.target_variance
+            lefts = solve_principal(cheap, moments, weights)
+            return tuple(_share((left * worth).sum(), (total * worth).sum()) for left in lefts)
         return tuple(
             self._solve_channels(layer, i, moments.select(cheap.order[:kept], cheap.order[kept:]))
             for i, kept in enumerate(cheap.channels[1:], start=1)

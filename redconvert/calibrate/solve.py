@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layers import FrameRebuild
-from ..layers.cheap import CheapOp
+from ..layers import ChannelRebuild, FrameRebuild
+from ..layers.cheap import CheapOp, Principal
 from .statistics import ChannelMoments, FrameMoments
 
-__all__ = ["solve_channels", "solve_frames"]
+__all__ = ["solve_channels", "solve_frames", "solve_principal"]
 
 
 def solve_channels(op: CheapOp, moments: ChannelMoments, ridge: float) -> Tensor:
@@ -27,6 +27,24 @@ def solve_channels(op: CheapOp, moments: ChannelMoments, ridge: float) -> Tensor
     coefficients = op.fit(within, across, moments.sum_x / moments.count, moments.sum_y / moments.count, ridge)
     explained = 2 * (coefficients * across).sum(1) - ((coefficients @ within) * coefficients).sum(1)
     return (moments.target_variance - explained).clamp_min(0)
+
+
+def solve_principal(cheap: ChannelRebuild, moments: ChannelMoments, metric: Tensor) -> list[Tensor]:
+    """Set every candidate to the principal components; see `Principal.fit_components`.
+
+    Args:
+        cheap: a layer's Phi_c with ``"principal"`` operations, its order chosen.
+        moments: of all channels, which are predictors and targets.
+        metric: what their errors cost, ``(C, C)`` or ``(C)``; both in the layer's own order.
+
+    Returns:
+        By candidate the unexplained variance of each channel, ``(C)``, in the layer's own order.
+    """
+    ranks = moments.select(cheap.order, cheap.order)
+    metric = metric[cheap.order] if metric.dim() == 1 else metric[cheap.order][:, cheap.order]
+    ops = [op for op in cheap.ops if isinstance(op, Principal)]
+    lefts = [op.fit_components(ranks.covariance, metric, ranks.sum_x / ranks.count) for op in ops]
+    return [left[cheap.inverse] for left in lefts]
 
 
 @torch.no_grad()

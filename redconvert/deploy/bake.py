@@ -39,7 +39,7 @@ def bake(layer: DynamicConv, channel: int, temporal: int, source: int = 0) -> Pa
     steps = [*_frames_to_take(layer, temporal), *takes, *pads]
     return Parts(
         take=_chain(steps),
-        conv=_smaller(layer, computed if channel else None, temporal, padding, source),
+        conv=_smaller(layer, channel, computed, temporal, padding, source),
         rebuild=_rebuild(layer, channel, computed, dropped),
         expand=_expand(layer, temporal),
         candidate=(channel, temporal),
@@ -120,17 +120,17 @@ def _padding(layer: DynamicConv) -> tuple[list[nn.Module], tuple[int, ...]]:
 
 
 def _smaller(
-    layer: DynamicConv, computed: Tensor | None, temporal: int, padding: tuple[int, ...], source: int
+    layer: DynamicConv, channel: int, computed: Tensor, temporal: int, padding: tuple[int, ...], source: int
 ) -> nn.Module:
-    """A plain convolution of these ranks (None: of all channels, with the layer's own parameters)."""
+    """A plain convolution of these ranks; for candidate 0 of all channels, with the layer's own parameters."""
     weight, bias = layer.weight, layer.bias
     full = layer.recipe.weight(layer)
     if source:
         full, bias = _absorbed(layer, full, source)
-    if computed is not None:
-        chosen = _order(layer)[computed]
-        full = full.index_select(0, chosen)
-        bias = None if bias is None else _parameter(bias.index_select(0, chosen), bias)
+    if channel and layer.cheap_c is not None:
+        full, kept_bias = layer.cheap_c.filters(channel, full, bias)
+        full = full.index_select(0, computed)
+        bias = None if kept_bias is None else _parameter(kept_bias.index_select(0, computed), weight)
     stride = list(layer.stride)
     if layer.num_frames is None:
         stride[0] *= layer.candidates.strides[temporal]

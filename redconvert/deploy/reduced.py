@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..layers.cheap import Depthwise, Nothing, Pointwise, Scale
+from ..layers.cheap import Depthwise, Nothing, Pointwise, Principal, Scale
 from .absorbed import absorbed_filter
 from .kernels import Assembly, Filling, multiplies
 from .pack import Filter, PackedConv
@@ -70,7 +70,12 @@ def reduce(unit: Unit, channel: int, source: int) -> Reduced:
     inverse = order.argsort()
     assembly = Assembly.build(index[inverse], scale[inverse], shift[inverse], kept, product)
     filter = absorbed_filter(unit.layer, unit.filter, source)
-    return Reduced(filter.pick(order[:kept]), inputs, cheap, cheap_source, assembly)
+    if isinstance(op, Principal):
+        weight, bias = op.filters(filter.weight[order], None if filter.bias is None else filter.bias[order])
+        filter = replace(filter, weight=weight.detach(), bias=bias.detach())
+    else:
+        filter = filter.pick(order[:kept])
+    return Reduced(filter, inputs, cheap, cheap_source, assembly)
 
 
 def build_filling(unit: Unit, temporal: int, channel: int) -> Filling | None:

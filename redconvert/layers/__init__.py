@@ -3,11 +3,11 @@
 from .absorb import Absorbed, Handover
 from .base import DynamicConv, Observation
 from .candidates import Candidates
-from .cheap import ChannelRebuild
 from .conv import DynamicConv2d, DynamicConv3d
 from .frames import FrameRebuild
 from .gate import Gate, GateWeights
 from .modes import disabled, dynamic_layers, forced, observed, resting_gates
+from .rebuild import ChannelRebuild
 from .recipes import Recipe, recipe_of, register
 from .routing import Decision
 

@@ -20,7 +20,7 @@ from .routing import group_samples, sample_rows
 
 if TYPE_CHECKING:
     from .base import DynamicConv
-    from .cheap import ChannelRebuild
+    from .rebuild import ChannelRebuild
 
 __all__ = [
     "Absorbed",

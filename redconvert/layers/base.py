@@ -15,11 +15,12 @@ from ..config import LayerConfig
 from ..errors import RedconvertError
 from .absorb import Absorbed, Handover, Source, mask_absent
 from .candidates import Candidates
-from .cheap import ChannelRebuild, resolve_cheap
+from .cheap import resolve_cheap
 from .frames import FrameRebuild
 from .gate import Gate, GateWeights, candidate_weights
 from .geometry import check_input
 from .masked import pool
+from .rebuild import ChannelRebuild
 from .recipes import Recipe, recipe_of
 from .routing import FULL, Decision, decide, group_samples, route, sample_rows, select
 from .static import run_static
@@ -113,7 +114,7 @@ class DynamicConv(nn.Module):
         if len(self.candidates.channels) > 1:
             per_output = self.weight[0].numel()
             cheap = "none" if hands_over else config.cheap
-            kinds = [resolve_cheap(cheap, kept, per_output) for kept in self.candidates.channels[1:]]
+            kinds = [resolve_cheap(cheap, kept, per_output, self.groups) for kept in self.candidates.channels[1:]]
             self.cheap_c = ChannelRebuild(self.candidates, kinds, self.groups).to(self.weight.device)
             self.start_cheap()
         if len(self.candidates.strides) > 1:
@@ -314,7 +315,7 @@ class DynamicConv(nn.Module):
         return self._convolve(x, 0, 0, source, learned)
 
     def _convolve(self, x: Tensor, channel: int, temporal: int, source: int = 0, learned: int = 0) -> Tensor:
-        """The first k channels in rank order (all of them: in the layer's own), at every R-th output frame.
+        """What a candidate computes, in rank order (all channels: in the layer's own), at every R-th output frame.
 
         ``source``: the candidate of the layer that is read, which handed over no more than its channels.
         ``learned``: of all channels, computed in training, those of this candidate alone get gradients.
@@ -328,9 +329,7 @@ class DynamicConv(nn.Module):
             x = select(x, 1, there)
         if self.cheap_c is not None and channel:
             order = None if self.cheap_c.is_identity else self.cheap_c.order[:kept]
-            weight = weight[:kept] if order is None else weight.index_select(0, order)
-            if bias is not None:
-                bias = bias[:kept] if order is None else bias.index_select(0, order)
+            weight, bias = self.cheap_c.filters(channel, weight, bias)
         if kept < self.out_channels and groups > 1:  # whole groups, and the inputs they read
             per_group_out, per_group_in = self.out_channels // groups, self.in_channels // groups
             groups = kept // per_group_out

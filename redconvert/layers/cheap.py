@@ -1,34 +1,38 @@
-"""Phi_c, the cheap linear operations that rebuild dropped channels.
-
-One object knows every candidate, so that one call mixes them (Eq. 5): candidates are nested, and whatever all of them
-share is passed on untouched.
-"""
+"""Phi_c, the cheap linear operations that rebuild dropped channels."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import RedconvertError
-from .candidates import Candidates
 from .gate import matching
 from .routing import select
 
-__all__ = ["ChannelRebuild", "Depthwise", "Nothing", "Pointwise", "Scale", "resolve_cheap"]
+__all__ = [
+    "KINDS",
+    "CheapOp",
+    "Depthwise",
+    "Nothing",
+    "OneSource",
+    "Pointwise",
+    "Principal",
+    "Scale",
+    "resolve_cheap",
+]
 
+LEAST_SCALE = 1e-3  # of what is computed: it is divided by
 AUTO_COST = 0.1  # "auto" takes pointwise where it costs at most this share of what it saves
 
 
-def resolve_cheap(kind: str, kept: int, macs_per_output: int) -> str:
+def resolve_cheap(kind: str, kept: int, macs_per_output: int, groups: int = 1) -> str:
     """The operation that ``kind`` stands for.
 
-    Per dropped channel and position, pointwise costs ``kept`` MACs and saves ``macs_per_output``.
+    Per dropped channel and position, pointwise costs ``kept`` MACs and saves ``macs_per_output``. Filters of different
+    groups read different inputs and cannot be mixed.
     """
+    if kind == "principal" and groups > 1:
+        kind = "auto"
     if kind != "auto":
         return kind
     return "pointwise" if kept <= AUTO_COST * macs_per_output else "scale"
@@ -100,6 +104,86 @@ class Pointwise(CheapOp):
 
     def adjoint(self, gradient: Tensor, kept: Tensor) -> Tensor:
         return torch.matmul(self.weight.detach().to(gradient.dtype).T, gradient.flatten(2)).view_as(kept)
+
+
+class Principal(Pointwise):
+    """Pointwise from mixtures of the channels, ``mix (k, C) y + shift (k)``, y all channels in rank order.
+
+    Candidates then compute ``mix W``, as many filters as they keep channels, none of them the layer's own: what spans
+    the principal components of the result loses less than any k of its channels. Mixture r stands for the channel of
+    rank r. Both are buffers: where weights are trained, the filters follow.
+    """
+
+    mix: Tensor
+    shift: Tensor
+
+    def __init__(self, kept: int, dropped: int) -> None:
+        super().__init__(kept, dropped)
+        self.register_buffer("mix", torch.zeros(kept, kept + dropped))
+        self.register_buffer("shift", torch.zeros(kept))
+        self.choose()
+
+    @torch.no_grad()
+    def choose(self) -> None:
+        """Compute the channels themselves."""
+        self.mix.zero_().fill_diagonal_(1)
+        self.shift.zero_()
+
+    def project(self, ranks: Tensor) -> Tensor:
+        """All channels ``(N, C, ...)`` in rank order -> what is computed, ``(N, k, ...)``."""
+        mixed = torch.matmul(matching(self.mix, ranks), ranks.flatten(2)) + matching(self.shift, ranks)[:, None]
+        return mixed.unflatten(2, ranks.shape[2:])
+
+    def spread(self, gradient: Tensor) -> Tensor:
+        """The adjoint of `project`: ``(N, k, ...) -> (N, C, ...)``."""
+        return torch.matmul(matching(self.mix, gradient).T, gradient.flatten(2)).unflatten(2, gradient.shape[2:])
+
+    def filters(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mixtures of filters ``(C, ...)`` and biases in rank order."""
+        mix = matching(self.mix, weight)
+        shift = matching(self.shift, weight)
+        return (mix @ weight.flatten(1)).view(-1, *weight.shape[1:]), shift if bias is None else shift + mix @ bias
+
+    @torch.no_grad()
+    def fit_components(self, covariance: Tensor, metric: Tensor, means: Tensor) -> Tensor:
+        """Keep the k principal components in the metric M, so that ``tr(M (1 - P) S (1 - P)^T)`` is least.
+
+        Of all maps P of rank k that is ``P = M^-1/2 U U^T M^1/2``, U being the eigenvectors of ``M^1/2 S M^1/2`` with
+        the largest values. Its first k rows are ``mix``, and the others Phi_c times those.
+
+        Args:
+            covariance: S of the channels, ``(C, C)``; metric: what errors cost, ``(C, C)`` or ``(C)``.
+            means: of the channels, ``(C)``; all in rank order, float64.
+
+        Returns:
+            The unexplained variance of each channel, ``(C)``.
+        """
+        kept = len(self.mix)
+        values, vectors = torch.linalg.eigh(metric if metric.dim() == 2 else metric.diag())
+        values = values.clamp_min(1e-12 * values.max().clamp_min(torch.finfo(values.dtype).tiny))
+        root, inverse = ((vectors * power) @ vectors.T for power in (values.sqrt(), values.rsqrt()))
+        components = torch.linalg.eigh(root @ covariance @ root).eigenvectors[:, -kept:]
+        back, forth = inverse @ components, components.T @ root  # (C, k), (k, C)
+        # Phi_c = back_d back_k^-1, where the k rows may be nearly dependent.
+        phi = torch.linalg.lstsq(back[:kept].T, back[kept:].T, driver="gelsd" if back.device.type == "cpu" else None)
+        whole = torch.cat([torch.eye(kept, dtype=back.dtype, device=back.device), phi.solution.T]) @ back[:kept] @ forth
+        mix = whole[:kept]
+        self.mix.copy_(mix)
+        self.shift.copy_(means[:kept] - mix @ means)
+        self.weight.copy_(phi.solution.T)
+        self.bias.copy_(means[kept:] - phi.solution.T @ means[:kept])
+        rest = torch.eye(len(whole), dtype=whole.dtype, device=whole.device) - whole
+        return ((rest @ covariance) * rest).sum(1).clamp_min(0)
+
+    @torch.no_grad()
+    def rescale(self, scale: Tensor, shift: Tensor) -> None:
+        """``scale * y + shift`` behind it, for every channel, ``(C)`` in rank order."""
+        kept = len(self.mix)
+        before = scale[:kept].clamp_min(LEAST_SCALE)
+        self.mix.mul_(before[:, None])
+        self.shift.mul_(before).add_(shift[:kept])
+        self.weight.div_(before).mul_(scale[kept:, None])
+        self.bias.mul_(scale[kept:]).add_(shift[kept:] - self.weight @ shift[:kept])
 
 
 class OneSource(CheapOp):
@@ -188,147 +272,7 @@ class Nothing(CheapOp):
 KINDS: dict[str, type[CheapOp]] = {
     "none": Nothing,
     "pointwise": Pointwise,
+    "principal": Principal,
     "scale": Scale,
     "depthwise": Depthwise,
 }
-
-
-class ChannelRebuild(nn.Module):
-    """Phi_c for each channel candidate of a layer, and the layer's channel order.
-
-    Tensors "in rank order" hold the channels ``order[0], order[1], ...``; candidate i computes the
-    first ``k_i`` ranks, and ``ops[i - 1]`` rebuilds the others from them.
-
-    Args:
-        candidates: the layer's candidates.
-        kinds: one of ``"pointwise"``, ``"depthwise"``, ``"scale"`` for each candidate but the first.
-        groups: the convolution's; an order keeps the channels of a group together.
-    """
-
-    order: Tensor
-    inverse: Tensor
-
-    def __init__(self, candidates: Candidates, kinds: Sequence[str], groups: int = 1) -> None:
-        super().__init__()
-        self.channels = candidates.channels
-        self.kinds = tuple(kinds)
-        self.groups = groups
-        total = self.channels[0]
-        self.ops = nn.ModuleList(
-            KINDS[kind](kept, total - kept) for kind, kept in zip(kinds, self.channels[1:], strict=True)
-        )
-        self.register_buffer("order", torch.arange(total))
-        self.register_buffer("inverse", torch.arange(total), persistent=False)
-        self.is_identity = True
-
-    def extra_repr(self) -> str:
-        return f"channels={self.channels}"
-
-    def set_order(self, order: Tensor) -> None:
-        """Compute the channels in this order, best first; ``order (C_out)`` is a permutation."""
-        identity = torch.arange(len(self.order), device=order.device)
-        if order.shape != self.order.shape or not torch.equal(order.sort().values, identity):
-            raise RedconvertError(f"a channel order must be a permutation of 0 to {len(self.order) - 1}")
-        size = len(order) // self.groups
-        group = (order // size).view(-1, size)
-        if self.groups > 1 and not (group == group[:, :1]).all():
-            raise RedconvertError(f"a channel order must keep each of the {self.groups} groups of {size} together")
-        self.order.copy_(order)
-        self.inverse.copy_(order.argsort())
-        self.is_identity = bool(torch.equal(order, identity))
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        order = state_dict.get(prefix + "order")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if order is not None and order.shape == self.order.shape:
-            self.set_order(order.to(self.order.device))
-
-    def to_ranks(self, y: Tensor) -> Tensor:
-        """All channels, from the layer's own order to rank order."""
-        return y if self.is_identity else select(y, 1, self.order)
-
-    def from_ranks(self, y: Tensor) -> Tensor:
-        """All channels, from rank order to the layer's own."""
-        return y if self.is_identity else select(y, 1, self.inverse)
-
-    def op(self, index: int) -> CheapOp:
-        """Phi_c of reduced candidate ``index``."""
-        return cast(CheapOp, self.ops[index - 1])
-
-    def kept(self, index: int) -> slice | Tensor:
-        """Indices of the channels that candidate ``index`` computes, in the layer's own order."""
-        ranks = slice(None, self.channels[index])
-        return ranks if self.is_identity else self.order[ranks]
-
-    def dropped(self, index: int) -> slice | Tensor:
-        """Indices of the others."""
-        ranks = slice(self.channels[index], None)
-        return ranks if self.is_identity else self.order[ranks]
-
-    def rebuild(self, index: int, y: Tensor) -> Tensor:
-        """The channels that candidate ``index`` drops, ``(N, C_out - k, ...)`` in rank order, from y's first k."""
-        return self.op(index)(y[:, : self.channels[index]])
-
-    def single(self, y: Tensor, index: int) -> Tensor:
-        """Reduced candidate ``index`` alone: its ranks ``(N, k, ...)`` -> ``(N, C_out, ...)`` in the layer's order."""
-        return self.from_ranks(torch.cat([y, self.rebuild(index, y)], dim=1))
-
-    def coverage(self, weights: Tensor) -> Tensor:
-        """For each rank the weight of the candidates that compute it, ``(N, S_c) -> (N, C_out)``."""
-        ranks = torch.arange(self.channels[0], device=weights.device)
-        kept = torch.tensor(self.channels, device=weights.device)
-        return weights @ (ranks < kept[:, None]).to(weights.dtype)
-
-    def mix(self, y: Tensor, weights: Tensor, first: int = 0, normalized: bool = True) -> Tensor:
-        """``sum_i w_i [y_(<k_i), Phi_i(y_(<k_i))]`` over the candidates from ``first`` on.
-
-        Args:
-            y: the first ``k_first`` ranks, ``(N, k_first, ...)``.
-            weights: ``(N, S_c)``; those before ``first`` must be 0.
-            first: the largest candidate that is open.
-            normalized: the weights sum to 1, so channels that every candidate computes pass unchanged.
-
-        Returns:
-            ``(N, C_out, ...)`` in the layer's own order.
-        """
-        columns = _columns(weights, y)
-        indices = range(first, len(self.channels))
-        rebuilt = {i: self.rebuild(i, y) for i in indices if i}
-        bounds = sorted({0, self.channels[0], *self.channels[first:]})
-        pieces = []
-        for low, high in pairwise(bounds):
-            direct = [i for i in indices if self.channels[i] >= high]
-            terms = [columns[i] * rebuilt[i][:, low - k : high - k] for i in indices if (k := self.channels[i]) <= low]
-            if len(direct) == len(indices) and normalized:
-                terms = [y[:, low:high]]
-            elif direct:
-                terms.append(sum(columns[i] for i in direct) * y[:, low:high])
-            pieces.append(sum(terms[1:], terms[0]))
-        return self.from_ranks(torch.cat(pieces, dim=1))
-
-    @torch.no_grad()
-    def start_from_weights(self, weight: Tensor, bias: Tensor | None) -> None:
-        """A start that needs no data: least squares between filters, exact for white noise as input.
-
-        For white noise the covariance of two output channels is the product of their filters, and
-        channels of different groups, which read different inputs, share nothing. Calibration on
-        real inputs replaces this.
-
-        Args:
-            weight: the convolution's, ``(C_out, C_in / groups, ...)``, in the layer's own order.
-            bias: ``(C_out)`` or none.
-        """
-        rows = weight.flatten(1).to(torch.float32)[self.order]
-        covariance = rows @ rows.T
-        group = self.order // (len(rows) // self.groups)
-        covariance = covariance * (group[:, None] == group[None, :])
-        shift = torch.zeros(len(rows), device=rows.device) if bias is None else bias.to(torch.float32)[self.order]
-        for i, kept in enumerate(self.channels[1:], start=1):
-            within, across = covariance[:kept, :kept], covariance[kept:, :kept]
-            self.op(i).fit(within, across, shift[:kept], shift[kept:], ridge=1e-4)
-
-
-def _columns(weights: Tensor, like: Tensor) -> list[Tensor]:
-    """``(N, S)`` -> S tensors that multiply ``like`` sample by sample."""
-    shape = (-1, *(1,) * (like.dim() - 1))
-    return [column.to(like.dtype).view(shape) for column in weights.unbind(1)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import RedconvertError
+from .cheap import Principal
 from .gate import GateWeights
 from .overwrite import Overwritten, overwrite, restore
 from .routing import Decision
@@ -144,14 +145,22 @@ class _Pullback:
             pulled = None if full else g * cheap.coverage(rows.detach().to(g.dtype)).view(*g.shape[:2], *shape[2:])
             covered = cheap.coverage(self.channel)
             # Channels that every candidate computes: their weight is always 1, unless weights are not normalised.
-            fixed = cheap.channels[-1] if layer.config.normalize else 0
+            fixed = cheap.channels[-1] if layer.config.normalize and not cheap.is_principal else 0
             self.values.append((covered * self._dots(y, g))[:, fixed:].sum())
             for i, kept in enumerate(cheap.channels[1:], start=1):
-                op = cheap.op(i)
-                self.values.append((rows[:, i] * op.pairing(y[:, :kept], g[:, kept:])).sum())
-                if pulled is not None:
-                    weighted = g[:, kept:] * rows[:, i].detach().to(g.dtype).view(shape)
-                    pulled[:, :kept] += op.adjoint(weighted, y[:, :kept])
+                op, computed = cheap.op(i), cheap.computed(i, y).detach()
+                paired = op.pairing(computed, g[:, kept:])
+                if isinstance(op, Principal):
+                    paired = paired + (computed * g[:, :kept]).flatten(1).sum(1).to(paired.dtype)
+                self.values.append((rows[:, i] * paired).sum())
+                if pulled is None:
+                    continue
+                weighted = g * rows[:, i].detach().to(g.dtype).view(shape)
+                found = op.adjoint(weighted[:, kept:], computed)
+                if isinstance(op, Principal):
+                    pulled += op.spread(found + weighted[:, :kept])
+                else:
+                    pulled[:, :kept] += found
         return gradient if pulled is None else cheap.from_ranks(pulled.detach())
 
     def _dots(self, y: Tensor, gradient: Tensor) -> Tensor:
@@ -202,7 +211,8 @@ def rebuild_loss(layer: DynamicConv, y: Tensor, weights: GateWeights) -> Tensor 
         sampled = layer.as_clips(y, layer.frames_per_sample)[:, :, :: layer.candidates.strides[-1]]
         ranks = layer.cheap_c.to_ranks(layer.from_clips(sampled))
         for i, kept in enumerate(layer.candidates.channels[1:], start=1):
-            error = (layer.cheap_c.rebuild(i, ranks) - ranks[:, kept:]).square().flatten(1).mean(1)
+            rebuilt = layer.cheap_c.rebuild(i, layer.cheap_c.computed(i, ranks))
+            error = (rebuilt - ranks[:, kept:]).square().flatten(1).mean(1)
             closed = (weights.channel[:, i] == 0).repeat_interleave(len(ranks) // len(weights.channel))
             terms.append((error * closed).mean())
     if layer.cheap_t is not None:

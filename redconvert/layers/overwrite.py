@@ -19,7 +19,7 @@ Rows = slice | Tensor
 
 
 class Overwritten(NamedTuple):
-    """What a group of samples held before: the dropped channels, then the dropped frames offset by offset."""
+    """What a group of samples held before: the channels that changed, then the dropped frames offset by offset."""
 
     rows: Rows
     decision: Decision
@@ -56,7 +56,7 @@ def restore(layer: DynamicConv, y: Tensor, overwritten: list[Overwritten]) -> No
         pieces = iter(before)
         clips, kept, stride = _parts(layer, part, decision)
         if decision.channel:
-            clips[:, layer.cheap_c.dropped(decision.channel)] = next(pieces)  # type: ignore[union-attr]
+            clips[:, layer.cheap_c.changed(decision.channel)] = next(pieces)  # type: ignore[union-attr]
         for offset in range(1, stride):
             clips[:, :, offset::stride][:, kept] = next(pieces)
         if isinstance(rows, Tensor):
@@ -69,10 +69,14 @@ def _overwrite_part(layer: DynamicConv, part: Tensor, decision: Decision) -> lis
     before = []
     if decision.channel:
         assert layer.cheap_c is not None
-        dropped = layer.cheap_c.dropped(decision.channel)
-        before.append(clips[:, dropped].clone())
-        rebuilt = layer.cheap_c.op(decision.channel)(layer.from_clips(computed[:, kept]))
-        computed[:, dropped] = layer.as_clips(rebuilt, computed.shape[2])
+        cheap, i = layer.cheap_c, decision.channel
+        before.append(clips[:, cheap.changed(i)].clone())
+        if cheap.is_principal:
+            made = cheap.single(cheap.taken(i, layer.from_clips(computed)), i)
+            computed.copy_(layer.as_clips(made, computed.shape[2]))
+        else:
+            rebuilt = cheap.op(i)(layer.from_clips(computed[:, kept]))
+            computed[:, cheap.dropped(i)] = layer.as_clips(rebuilt, computed.shape[2])
     if decision.temporal:
         assert layer.cheap_t is not None
         for offset, frames in enumerate(layer.cheap_t.rebuild(decision.temporal, computed), start=1):
@@ -83,8 +87,11 @@ def _overwrite_part(layer: DynamicConv, part: Tensor, decision: Decision) -> lis
 
 
 def _parts(layer: DynamicConv, part: Tensor, decision: Decision) -> tuple[Tensor, Rows, int]:
-    """``part`` as clips (a view), the channels that the decision computes, and its frame stride."""
-    kept = layer.cheap_c.kept(decision.channel) if layer.cheap_c is not None else slice(None)
+    """``part`` as clips (a view), the channels that the decision leaves as they are, and its frame stride."""
+    kept: Rows = slice(None)
+    if layer.cheap_c is not None:
+        principal = decision.channel and layer.cheap_c.is_principal
+        kept = slice(0) if principal else layer.cheap_c.kept(decision.channel)
     return layer.as_clips(part, layer.frames_per_sample), kept, layer.candidates.strides[decision.temporal]
 
 

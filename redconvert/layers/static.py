@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from .absorb import Choice, pooled_static, static_source
 from .gate import GateWeights, largest_open
 from .masked import attach, rebuild_loss, replace_value
-from .routing import select
 
 if TYPE_CHECKING:
     from .base import DynamicConv
@@ -128,8 +127,8 @@ def _channel_candidates(layer: DynamicConv, y: Tensor) -> Iterator[Tensor]:
     """From the full convolution what each candidate makes of it, from the cheapest to the full one."""
     cheap = layer.cheap_c
     assert cheap is not None
-    for i, kept in reversed(list(enumerate(layer.candidates.channels[1:], start=1))):
-        yield cheap.single(y[:, :kept] if cheap.is_identity else select(y, 1, cheap.order[:kept]), i)
+    for i in reversed(range(1, len(layer.candidates.channels))):
+        yield cheap.single(cheap.taken(i, y), i)
     yield y
 
 

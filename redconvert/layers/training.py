@@ -52,8 +52,13 @@ def resting(layer: DynamicConv, decisions: list[Decision]) -> tuple[list[Decisio
 
 
 def _learned(layer: DynamicConv, decisions: list[Decision]) -> int:
-    """The largest channel candidate that a sample takes: those that only larger ones compute get no gradient."""
-    return min(d.channel for d in decisions) if layer.cheap_c is not None else 0
+    """The largest channel candidate that a sample takes: those that only larger ones compute get no gradient.
+
+    0 also where candidates mix all channels.
+    """
+    if layer.cheap_c is None or layer.cheap_c.is_principal:
+        return 0
+    return min(d.channel for d in decisions)
 
 
 def convolve_learning(

@@ -50,7 +50,7 @@ def redundant(seed: int = 0) -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("cheap", ["pointwise", "scale", "depthwise"])
+@pytest.mark.parametrize("cheap", ["pointwise", "principal", "scale", "depthwise"])
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_means_and_variances_are_the_dense_ones(cheap, rounds):
     config = redconvert.ConvertConfig(cheap=cheap, search_space=2)

@@ -108,6 +108,10 @@ def dynamic_from(network: nn.Module, x: Tensor, *, blend_frames: bool = False, *
             layer.cheap_c.set_order(groups * (layer.out_channels // layer.groups) + inner)
             for parameter in layer.cheap_c.parameters():
                 parameter.normal_(0, 0.3)
+            for op in layer.cheap_c.ops:
+                if hasattr(op, "mix"):
+                    op.mix.normal_(0, 0.3)
+                    op.shift.normal_(0, 0.3)
         if layer.cheap_t is not None and blend_frames:
             for parameter in layer.cheap_t.parameters():
                 parameter.normal_(0, 0.5)

@@ -56,7 +56,7 @@ def decisions_of(dynamic, x) -> list[set]:
 # -- masked --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cheap", ["pointwise", "scale", "depthwise"])
+@pytest.mark.parametrize("cheap", ["pointwise", "principal", "scale", "depthwise"])
 @torch.no_grad()
 def test_one_graph_serves_every_decision(clips, cheap):
     space = 3 if cheap == "scale" else 2

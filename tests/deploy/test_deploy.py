@@ -27,7 +27,7 @@ def clips() -> Tensor:
 
 
 @pytest.mark.parametrize("blend_frames", [False, True], ids=["copies", "blends"])
-@pytest.mark.parametrize("cheap", ["pointwise", "scale", "depthwise"])
+@pytest.mark.parametrize("cheap", ["pointwise", "principal", "scale", "depthwise"])
 def test_every_decision_of_a_video_network(clips, cheap, blend_frames):
     dynamic = dynamic_from(Video(), clips, cheap=cheap, blend_frames=blend_frames, search_space=3)
     fast = redconvert.deploy(dynamic, clips)
@@ -81,7 +81,7 @@ def test_candidates_per_sample(clips):
         assert error(fast(clips), dynamic(clips)) < TIGHT
 
 
-@pytest.mark.parametrize("cheap", ["pointwise", "scale", "depthwise"])
+@pytest.mark.parametrize("cheap", ["pointwise", "principal", "scale", "depthwise"])
 def test_an_image_network(cheap):
     torch.manual_seed(0)
     x = torch.randn(4, 3, 18, 18)

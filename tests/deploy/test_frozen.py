@@ -73,7 +73,8 @@ def test_float32_in_both_layouts(spec, seed):
 
 # PyTorch itself leaves channels_last_3d for small 1x1x1 convolutions on one thread.
 @pytest.mark.parametrize(
-    ("dims", "cheap"), [(2, "pointwise"), (2, "scale"), (2, "depthwise"), (3, "scale"), (3, "depthwise")]
+    ("dims", "cheap"),
+    [(2, "pointwise"), (2, "principal"), (2, "scale"), (2, "depthwise"), (3, "scale"), (3, "depthwise")],
 )
 @torch.no_grad()
 def test_the_layout_is_kept(dims, cheap):
@@ -245,7 +246,7 @@ def test_parameters_and_macs_by_hand():
     assert flops.get_total_flops() // 2 == 2 * (6 * 4 * 30 * 4 * 27 + 5 * 6 * 4 * 30)  # two per MAC, two samples
 
 
-@pytest.mark.parametrize("cheap", ["pointwise", "depthwise", "scale", "auto"])
+@pytest.mark.parametrize("cheap", ["pointwise", "principal", "depthwise", "scale", "auto"])
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()

@@ -44,6 +44,9 @@ def randomize(layer: DynamicConv, *, gates: bool = True, order: bool = True) -> 
             for op in layer.cheap_c.ops:
                 if hasattr(op, "source"):
                     op.source.random_(0, layer.candidates.channels[-1])
+                if hasattr(op, "mix"):
+                    op.mix.normal_()
+                    op.shift.normal_()
     return layer
 
 
@@ -94,12 +97,14 @@ def specs(draw, dims: int | None = None, num_frames: bool = True) -> Spec:
     folded = frames if dims == 2 and num_frames and draw(st.booleans()) else None
     if dims == 2 and (folded or 1) == 1:
         channel = True
+    gate = draw(st.sampled_from(["hard", "soft"]))
+    kinds = ["auto", "pointwise", "depthwise", "scale", *(["principal", "principal"] if gate == "hard" else [])]
     config = LayerConfig(
         search_space=draw(st.integers(2, 3)),
         temporal=temporal,
         channel=channel,
-        gate=draw(st.sampled_from(["hard", "soft"])),
-        cheap=draw(st.sampled_from(["auto", "pointwise", "depthwise", "scale"])),
+        gate=gate,
+        cheap=draw(st.sampled_from(kinds)),
         align=draw(st.sampled_from([1, 1, 2, 4])),
         gate_hidden=8,
     )
@@ -160,7 +165,7 @@ def from_clips(layer: DynamicConv, z: Tensor) -> Tensor:
 def phi_c(op: nn.Module, kept: Tensor) -> Tensor:
     """The dropped channels from the kept ones, ``(N, k, T, H, W) -> (N, D, T, H, W)``."""
     kind, bias = type(op).__name__, op.bias[None, :, None, None, None]
-    if kind == "Pointwise":
+    if kind in ("Pointwise", "Principal"):
         return torch.einsum("dk,nkthw->ndthw", op.weight, kept) + bias
     source = torch.stack([kept[:, int(index)] for index in op.source], dim=1)
     if kind == "Scale":
@@ -175,12 +180,15 @@ def phi_c(op: nn.Module, kept: Tensor) -> Tensor:
 
 
 def channel_candidate(layer: DynamicConv, y: Tensor, i: int) -> Tensor:
-    """Keep the first k_i channels in the layer's order, rebuild the others; clips in, clips out."""
+    """Keep the first k_i channels in the layer's order, or mixtures, and rebuild the others; clips in, clips out."""
     if i == 0:
         return y
-    order, kept = layer.cheap_c.order.tolist(), layer.candidates.channels[i]
-    rebuilt = phi_c(layer.cheap_c.ops[i - 1], y[:, order[:kept]])
-    columns = {channel: y[:, channel] for channel in order[:kept]}
+    order, kept, op = layer.cheap_c.order.tolist(), layer.candidates.channels[i], layer.cheap_c.ops[i - 1]
+    computed = y[:, order[:kept]]
+    if type(op).__name__ == "Principal":
+        computed = torch.einsum("kc,ncthw->nkthw", op.mix, y[:, order]) + op.shift[:, None, None, None]
+    rebuilt = phi_c(op, computed)
+    columns = {channel: computed[:, rank] for rank, channel in enumerate(order[:kept])}
     columns.update({channel: rebuilt[:, rank] for rank, channel in enumerate(order[kept:])})
     return torch.stack([columns[channel] for channel in range(y.shape[1])], dim=1)
 
