@@ -60,7 +60,8 @@ class CascadeCost:
 class Cascade(nn.Module):
     """``little(x)``, and for the samples of which it is unsure ``big(x)``. For inference; `cascade` makes one.
 
-    ``scores_n = little(x_n)`` where ``confidence(little(x_n)) >= threshold``, else ``big(x_n)``. `redconvert.report`
+    ``scores_n = little(x_n)`` where ``confidence(little(x_n)) >= threshold``, else ``big(x_n)``, or of both
+    ``blend * little(x_n) + (1 - blend) * big(x_n)``: two that err differently are right more often. `redconvert.report`
     and `redconvert.evaluate.spread_of_macs` count both passes; within `redconvert.disabled` it is ``little``, dense.
 
     Args:
@@ -69,6 +70,7 @@ class Cascade(nn.Module):
             is the original network as long as its weights were not trained.
         threshold: of the confidence: 0 never asks again, above 1 always does.
         confidence: of class scores ``(N, classes)``, in [0, 1], ``(N)``.
+        blend: the first answer's share in the second; scores must be alike, as where one network learnt the other's.
 
     Attributes:
         cost: what `cascade` measured; None otherwise.
@@ -85,8 +87,12 @@ class Cascade(nn.Module):
         threshold: float = 0.5,
         confidence: Callable[[Tensor], Tensor] = margin,
         cost: CascadeCost | None = None,
+        blend: float = 0.0,
     ) -> None:
         super().__init__()
+        if not isinstance(blend, int | float) or not 0 <= blend < 1:
+            raise RedconvertError(f"blend={blend!r} must be the first answer's share in the second, in [0, 1)")
+        self.blend = float(blend)
         self._layers = tuple(dynamic_layers(little).values())  # in a tuple: they are in `little` already
         self.little, self.big, self.confidence, self.cost = little, big, confidence, cost
         self.register_buffer("threshold", torch.tensor(float(threshold)))
@@ -99,7 +105,8 @@ class Cascade(nn.Module):
         return super().train(False)
 
     def extra_repr(self) -> str:
-        return f"threshold={float(self.threshold):.3g}, cost={self.cost}"
+        blend = f", blend={self.blend:g}" if self.blend else ""
+        return f"threshold={float(self.threshold):.3g}{blend}, cost={self.cost}"
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -115,7 +122,10 @@ class Cascade(nn.Module):
         # Observers are told of the first pass alone, in which every sample takes part.
         with attributes(self._layers, enabled=False, observers=()) if self.big is None else nullcontext():
             answers = _scores((self.little if self.big is None else self.big)(*some[0], **some[1]))
-        return scores.index_copy(0, unsure, answers.to(scores.dtype))
+        answers = answers.to(scores.dtype)
+        if self.blend:
+            answers = answers.lerp(scores.index_select(0, unsure), self.blend)
+        return scores.index_copy(0, unsure, answers)
 
     def stand_in(self, layer: nn.Module) -> nn.Module:
         """What runs in place of a layer: of a deployed ``little`` another module, for whoever times it."""
@@ -125,7 +135,7 @@ class Cascade(nn.Module):
     def deployed(self, example_inputs: Any, **options: Any) -> Cascade:
         """The same of `redconvert.deploy` of ``little``; a ``big`` of one's own stays as it is."""
         fast = deploy(self.little, example_inputs, **options)
-        return Cascade(fast, self.big, float(self.threshold), self.confidence, self.cost)
+        return Cascade(fast, self.big, float(self.threshold), self.confidence, self.cost, self.blend)
 
 
 def cascade(
@@ -135,6 +145,7 @@ def cascade(
     *,
     big: nn.Module | None = None,
     confidence: Callable[[Tensor], Tensor] = margin,
+    blend: float = 0.0,
 ) -> Cascade:
     """Ask again where the reduced network is unsure, as often as a budget allows. Nothing is trained.
 
@@ -147,7 +158,7 @@ def cascade(
             read several times.
         budget: average multiply-adds of both passes together, as a share of the dense network's.
         big: another network for the second pass, such as the original of a trained one; what it costs is counted.
-        confidence: see `Cascade`.
+        confidence, blend: see `Cascade`.
 
     Raises:
         RedconvertError: a budget that the first pass alone exceeds, no batches, outputs that are no class scores.
@@ -177,7 +188,7 @@ def cascade(
     threshold = float(ordered[int(share * len(sure) + 1e-9)])
     again = float((sure < threshold).double().mean())
     cost = CascadeCost(little + again * dense, little, dense, again, len(sure))
-    return Cascade(dynamic, big, threshold, confidence, cost)
+    return Cascade(dynamic, big, threshold, confidence, cost, blend)
 
 
 def _scores(outputs: Any) -> Tensor:

@@ -93,6 +93,25 @@ def test_another_network_answers():
 
 
 @pytest.mark.parametrize("deployed", [False, True])
+def test_both_answers_together(deployed):
+    """Of those who are asked again; the others' are untouched."""
+    model, dynamic, x = network()
+    found = cascade(dynamic, [x], 0.9, blend=0.3)
+    plain = cascade(dynamic, [x], 0.9)
+    assert found.cost == plain.cost and float(found.threshold) == float(plain.threshold)
+    found = found.deployed(x) if deployed else found
+    little, dense = dynamic(x), model(x)
+    unsure = margin(little) < found.threshold
+    out = found(x)
+    assert torch.allclose(out[~unsure], little[~unsure], atol=1e-4)
+    assert torch.allclose(out[unsure], 0.3 * little[unsure] + 0.7 * dense[unsure], atol=1e-4)
+    assert "blend=0.3" in str(found) and "blend" not in str(plain)
+    for bad in (1.0, -0.1, "half"):
+        with pytest.raises(RedconvertError, match=r"must be the first answer's share"):
+            cascade(dynamic, [x], 0.9, blend=bad)
+
+
+@pytest.mark.parametrize("deployed", [False, True])
 def test_reports_count_both_passes(deployed):
     """Sample by sample, by hand; layers are those of the first pass, and "dense" is one pass."""
     model, dynamic, x = network()

@@ -58,7 +58,7 @@ def test_frozen():
         ({"temporal": 1}, "temporal must be True or False, not 1"),
         ({"normalize": "no"}, "normalize must be True or False"),
         ({"gate": "firm"}, "gate must be one of hard, soft, not 'firm'"),
-        ({"cheap": None}, "cheap must be one of auto, pointwise, depthwise, scale"),
+        ({"cheap": None}, "cheap must be one of auto, pointwise, principal, depthwise, scale"),
         ({"rebuild_weight": -1}, "rebuild_weight must be a number >= 0"),
         ({"rebuild_weight": float("nan")}, "rebuild_weight must be a number >= 0"),
         ({"rebuild_weight": float("inf")}, "rebuild_weight must be a number >= 0"),

@@ -5,8 +5,8 @@ One multiply-add is one FLOP, as in the paper and in fvcore.
 - convolution: ``k_i * frames_j * H_o * W_o * C_in / groups * prod(kernel_size)``;
 - Phi_c: its weights once per computed frame and position;
 - Phi_t: two per rebuilt element, ``(T_o - frames_j) * C_out * H_o * W_o * 2``;
-- absorbed: where the layer that is read hands over ``k_s`` channels, ``C_in`` is ``k_s``; the weights for that are
-  made once, not per input;
+- absorbed: where the layer that is read hands over ``k_s`` channels, ``C_in`` is ``k_s``; the weights for that, and
+  mixtures of filters, are made once, not per input;
 - gate: FC1 and FC2, and one per input element for the average over H and W (fvcore counts pooling so).
 """
 
