@@ -100,11 +100,12 @@ def test_both_answers_together(deployed):
     plain = cascade(dynamic, [x], 0.9)
     assert found.cost == plain.cost and float(found.threshold) == float(plain.threshold)
     found = found.deployed(x) if deployed else found
-    little, dense = dynamic(x), model(x)
-    unsure = margin(little) < found.threshold
-    out = found(x)
-    assert torch.allclose(out[~unsure], little[~unsure], atol=1e-4)
-    assert torch.allclose(out[unsure], 0.3 * little[unsure] + 0.7 * dense[unsure], atol=1e-4)
+    little, dense, out = dynamic(x), model(x), found(x)
+    unsure = torch.zeros(len(x), dtype=torch.bool).index_fill(0, found.asked_again, True)
+    assert 0 < unsure.sum() < len(x)  # one lies on the threshold: deployed, it may fall to either side
+    assert torch.allclose(out[~unsure], little[~unsure], atol=1e-3)
+    assert torch.allclose(out[unsure], 0.3 * little[unsure] + 0.7 * dense[unsure], atol=1e-3)
+    assert not torch.allclose(out[unsure], dense[unsure], atol=1e-2)
     assert "blend=0.3" in str(found) and "blend" not in str(plain)
     for bad in (1.0, -0.1, "half"):
         with pytest.raises(RedconvertError, match=r"must be the first answer's share"):
