@@ -4,9 +4,9 @@
 
 Full, half or a quarter of the channels of every 3x3 convolution, calibrated on 1,000 training images without labels.
 For each budget: right answers on the first 2,000 test images after the budget, and after one more round of calibration
-under it, and what the test images cost. "absorbed" is by layers, too, with ``absorb=True``, 3/4, half or a quarter of
-the channels, and all images for the second calibration. JSON is written after every row; a row that is in it already
-is not run again.
+under it, and what the test images cost. "absorbed" and "principal" are by layers, too, with ``absorb=True`` or
+``cheap="principal"``, 3/4, half or a quarter of the channels, and all images for the second calibration. JSON is
+written after every row; a row that is in it already is not run again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 import redconvert
 from redconvert.budget import calibrate_gates
 from redconvert.evaluate import spread_of_macs
+
+SHARES = (0.75, 0.5, 0.25)
 
 
 def main() -> None:
@@ -51,22 +53,27 @@ def main() -> None:
     calibrate_gates(inputs, batches)
     absorbed = convert(model, **ABSORBED)
     redconvert.calibrate(absorbed, batches)
+    principal = convert(model, cheap="principal", shares=SHARES)
+    redconvert.calibrate(principal, batches)
     networks = {"layers": (layers, "layers"), "inputs": (inputs, "gates"), "absorbed": (absorbed, "layers")}
+    networks["principal"] = principal, "layers"
     for budget in arguments.budgets:
         for name, (network, by) in networks.items():
             key = f"{name} {budget:g}"
             if key not in result["rows"]:
-                result["rows"][key] = row = run(copy.deepcopy(network), budget, by, batches, test, name == "absorbed")
+                result["rows"][key] = row = run(
+                    copy.deepcopy(network), budget, by, batches, test, name in ("absorbed", "principal")
+                )
                 write(result | environment(arguments.seed), arguments.out)
                 print(key, json.dumps(row), flush=True)
 
 
 def run(
-    dynamic: nn.Module, budget: float, by: Any, batches: list[Tensor], test: tuple[Tensor, ...], absorbed: bool
+    dynamic: nn.Module, budget: float, by: Any, batches: list[Tensor], test: tuple[Tensor, ...], matched: bool
 ) -> dict[str, float]:
     redconvert.set_budget(dynamic, budget, batches[: 2 if by == "layers" else 1], by=by)
     row = {"before_recalibration": accuracy(dynamic, *test)}
-    if absorbed:
+    if matched:
         redconvert.calibrate(dynamic, batches, decisions="gates")
     else:
         redconvert.calibrate(dynamic, batches[:3], rounds=1, decisions="gates")

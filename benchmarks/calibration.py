@@ -37,6 +37,9 @@ ROWS = {
     "greedy, auto, 3 rounds, matched variance": ("auto", 1000, 3, True),
     "for the answer, pointwise, one pass, matched variance": ("pointwise", 1000, 0, True),
     "for the answer, pointwise, one pass, matched variance, 100 images": ("pointwise", 100, 0, True),
+    "for the answer, principal, one pass": ("principal", 1000, 0, False),
+    "for the answer, principal, one pass, matched variance": ("principal", 1000, 0, True),
+    "for the answer, principal, one pass, matched variance, 100 images": ("principal", 100, 0, True),
 }
 
 
