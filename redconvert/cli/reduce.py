@@ -94,8 +94,8 @@ def reduce(
     """Make a network as cheap as its answers allow, without training, from unlabelled videos or images; save it.
 
     Layers compute all, 7/8, 3/4, 5/8 or half as many channels, as mixtures, and all or half of their frames, unless
-    --config or --search-space says otherwise. With --measure the network becomes as fast as its answers allow: shares are of the
-    dense network's time on this machine, both deployed.
+    --config or --search-space says otherwise. With --measure the network becomes as fast as its answers allow: shares
+    are of the dense network's time on this machine, both deployed.
     """
     settings = read_config(config, rule, search_space, num_frames, model, absorb)
     if config is None and search_space is None:
