@@ -2,10 +2,11 @@
 
     python benchmarks/time_budgets.py --plot time_budgets.png
 
-The network is calibrated on clips of J-HMDB without labels (mixtures of channels, counts in sixteens), `redconvert.layer_times` times every decision, and both kinds of budget are set by the same
-effects on the answers. Each is then timed in the deployed network, interleaved in one process, and its answers to
-other clips are compared with the dense network's. Data: ``$REDCONVERT_DATA``, or ``../shared/data``. Set the allocator
-variables of CONTRIBUTING.md and stop other work.
+The network is calibrated on clips of J-HMDB without labels (mixtures of channels, counts in sixteens),
+`redconvert.layer_times` times every decision, and both kinds of budget are set by the same effects on the answers. Each
+is then timed in the deployed network, interleaved in one process, and its answers to other clips are compared with
+the dense network's. Data: ``$REDCONVERT_DATA``, or ``../shared/data``. Set the allocator variables of CONTRIBUTING.md
+and stop other work.
 """
 
 from __future__ import annotations
