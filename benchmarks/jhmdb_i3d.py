@@ -35,16 +35,15 @@ from redconvert.evaluate import clip_1, rank_correlation, spread_of_macs, video_
 CALIBRATION_CLIPS = 64
 # For --agreement. Channels alone, as every second frame alone loses the answers; two layers hold half of the MACs, and
 # halves are too coarse for them. Rebuilt, 1x1x1 convolutions save little, as rebuilding costs as much.
+LARGE_ALONE = dict.fromkeys(("stem.conv2*", "*branch0*", "*conv_a*", "*branch3*", "logits"))
 AGREEING = {
-    "rebuilt": {
-        "shares": (0.875, 0.75, 0.6875, 0.625, 0.5625, 0.5, 0.4375),
-        "rules": dict.fromkeys(("stem.conv2*", "*branch0*", "*conv_a*", "*branch3*", "logits")),
-    },
+    "rebuilt": {"shares": (0.875, 0.75, 0.6875, 0.625, 0.5625, 0.5, 0.4375), "rules": LARGE_ALONE},
     "absorbed": {"shares": (0.875, 0.75, 0.625, 0.5), "absorb": True, "rules": {"logits": None}},
-    "principal": {
+    "principal": {"cheap": "principal", "shares": (0.875, 0.75, 0.625, 0.5, 0.375, 0.25), "rules": LARGE_ALONE},
+    "principal, sixteenths": {
         "cheap": "principal",
-        "shares": (0.875, 0.75, 0.625, 0.5, 0.375, 0.25),
-        "rules": dict.fromkeys(("stem.conv2*", "*branch0*", "*conv_a*", "*branch3*", "logits")),
+        "shares": tuple(i / 16 for i in range(15, 3, -1)),
+        "rules": LARGE_ALONE,
     },
 }
 ABSORBED_SHARES = (0.75, 0.5)  # what is left out between two layers is saved twice: halves alone are coarse

@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-LABELS = {"rebuilt": "channels rebuilt", "absorbed": "channels absorbed", "principal": "principal components"}
+LABELS = {
+    "rebuilt": "channels rebuilt",
+    "absorbed": "channels absorbed",
+    "principal": "principal components",
+    "principal, sixteenths": "the same, twelve candidates",
+}
 MARKERS = {"dense": "s", "half": "v", "dynamic": "o", "depgraph": "x", "magnitude": "+"}
 
 
@@ -44,7 +49,9 @@ def agreement_against_macs(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
-    for (name, curve), color in zip(result["curves"].items(), ("#2f6fb3", "#c4572e", "#3a8f4d"), strict=False):
+    for (name, curve), color in zip(
+        result["curves"].items(), ("#2f6fb3", "#c4572e", "#3a8f4d", "#8f6bb3"), strict=False
+    ):
         points = [(100 * point["share"], 100 * point["agreement"]) for point in curve["points"]]
         axes.plot(*zip((100, 100), *points, strict=True), marker="o", color=color, label=LABELS.get(name, name))
     axes.axhline(95, color="gray", linestyle=":", linewidth=1)
