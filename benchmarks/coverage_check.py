@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 import redconvert
 from redconvert.inputs import as_arguments
 from redconvert.layers import DynamicConv
-from redconvert.layers.cheap import ChannelRebuild
+from redconvert.layers.rebuild import ChannelRebuild
 
 __all__ = ["check", "reason_class"]
 
