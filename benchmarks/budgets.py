@@ -26,8 +26,6 @@ import redconvert
 from redconvert.budget import calibrate_gates
 from redconvert.evaluate import spread_of_macs
 
-SHARES = (0.75, 0.5, 0.25)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -53,7 +51,7 @@ def main() -> None:
     calibrate_gates(inputs, batches)
     absorbed = convert(model, **ABSORBED)
     redconvert.calibrate(absorbed, batches)
-    principal = convert(model, cheap="principal", shares=SHARES)
+    principal = convert(model, cheap="principal", shares=ABSORBED["shares"])
     redconvert.calibrate(principal, batches)
     networks = {"layers": (layers, "layers"), "inputs": (inputs, "gates"), "absorbed": (absorbed, "layers")}
     networks["principal"] = principal, "layers"

@@ -36,17 +36,8 @@ from redconvert.evaluate import spread_of_macs
 NETWORKS = {"resnet56": resnet56, "vgg16_bn": vgg16_bn}
 CALIBRATION_IMAGES = 1000
 BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere it is slower by far than float32
-TOTALS = (
-    0.35,
-    0.4,
-    0.45,
-    0.48,
-    0.5,
-    0.55,
-    0.6,
-    0.65,
-    0.7,
-)  # of a trained network and the original, asked where it is unsure
+# Of a trained network and the original, asked where it is unsure.
+TOTALS = (0.35, 0.4, 0.45, 0.48, 0.49, 0.5, 0.55, 0.6, 0.65, 0.7)
 
 
 @dataclass

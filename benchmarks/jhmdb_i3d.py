@@ -172,9 +172,7 @@ def costs(model: nn.Module, setting: Setting) -> dict[str, Any]:
 
 def agreement(arguments: argparse.Namespace, out: Path) -> None:
     """I3D's Kinetics answers on J-HMDB test clips without training: how many top-1 answers stay as they were."""
-    shape = {"num_frames": 16, "size": 160, "step": 2, "clips": "center"}
-    test = _clips(JHMDB(split="test", per_class=4, **shape))
-    calibration = _clips(JHMDB(split="train", per_class=3, **shape))
+    test, calibration = center_clips("test", 4), center_clips("train", 3)
     result: dict[str, Any] = {"what": agreement.__doc__, "input": list(test[0][0].shape), "curves": {}}
     if out.exists():
         result["curves"] = json.loads(out.read_text()).get("curves", {})
@@ -212,8 +210,9 @@ def answer(model: nn.Module, clips: Tensor) -> Tensor:
     return model(clips)
 
 
-def _clips(data: JHMDB) -> list[Tensor]:
-    """Batches of 8, shuffled, as the first few stand for all."""
+def center_clips(split: str, per_class: int) -> list[Tensor]:
+    """Batches of 8 clips ``(8, 3, 16, 160, 160)``, one of a video, shuffled, as the first few stand for all."""
+    data = JHMDB(split=split, per_class=per_class, num_frames=16, size=160, step=2, clips="center")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
     return list(torch.stack([data[i][0] for i in order]).split(8))
 

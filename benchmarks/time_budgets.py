@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, environment, write
+from jhmdb_i3d import AGREEING, center_clips
 from plots import answers_against_time
 from torch import Tensor, nn
 
@@ -28,21 +29,11 @@ import redconvert
 from redconvert import zoo
 from redconvert.budget import harms
 from redconvert.cost import interleaved
-from redconvert.data import JHMDB
 from redconvert.layers import dynamic_layers
 from redconvert.layers.modes import remembered
 
-# 1x1x1 convolutions save little time, as rebuilding costs as much.
-DENSE = ("stem.conv2*", "*branch0*", "*conv_a*", "*branch3*", "logits")
-CONFIG = {"cheap": "principal", "temporal": False, "shares": (0.875, 0.75, 0.625, 0.5, 0.375, 0.25), "align": 16}
+CONFIG = AGREEING["principal"] | {"temporal": False, "align": 16}
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
-
-
-def clips(split: str, per_class: int) -> list[Tensor]:
-    """Batches of 8 clips ``(8, 3, 16, 160, 160)``, shuffled."""
-    data = JHMDB(split=split, per_class=per_class, num_frames=16, size=160, step=2, clips="center")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-    return list(torch.stack([data[i][0] for i in order]).split(8))
 
 
 @torch.no_grad()
@@ -61,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
-    calibration, test = clips("train", arguments.calibration_clips), clips("test", arguments.test_clips)
+    calibration, test = center_clips("train", arguments.calibration_clips), center_clips("test", arguments.test_clips)
     dynamic = calibrated(arguments.calibrated, calibration)
     one = test[0][:1]
     begin = time.perf_counter()
@@ -87,8 +78,7 @@ def calibrated(folder: Path | None, calibration: list[Tensor]) -> nn.Module:
     base = zoo.create("i3d_kinetics", weights="KINETICS400").eval()
     if folder is not None and folder.exists():
         return redconvert.from_pretrained(base, folder).eval()
-    config = redconvert.ConvertConfig(rules=dict.fromkeys(DENSE), **CONFIG)
-    dynamic = redconvert.convert(base, config, example_inputs=calibration[0][:1])
+    dynamic = redconvert.convert(base, redconvert.ConvertConfig(**CONFIG), example_inputs=calibration[0][:1])
     redconvert.calibrate(dynamic, calibration, progress=True)
     if folder is not None:
         redconvert.save_pretrained(dynamic, folder)

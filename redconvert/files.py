@@ -10,12 +10,19 @@ from typing import Any
 
 from .errors import RedconvertError
 
-__all__ = ["write_bytes_atomic", "write_picture", "write_text_atomic"]
+__all__ = ["write_bytes_atomic", "write_picture", "write_text_atomic", "written"]
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` as UTF-8; see `write_bytes_atomic`."""
     write_bytes_atomic(path, text.encode())
+
+
+def written(text: str, path: str | os.PathLike[str] | None) -> str:
+    """``text``, also in a file where a path is given; see `write_bytes_atomic`."""
+    if path is not None:
+        write_text_atomic(path, text)
+    return text
 
 
 def write_picture(path: str | os.PathLike[str], figure: Any) -> None:

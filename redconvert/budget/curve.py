@@ -186,12 +186,12 @@ def budget_curve(
         answers = Answers(dynamic, batches if test is None else test)
         clear_budget(dynamic)
         effects = harms(dynamic, batches) if times is not None or is_constant(dynamic, batches) else None
+        by: Literal["gates", "layers"] = "gates" if effects is None else "layers"
         step()
         taken, least = undo, math.inf
         for budget in wanted:
             undo()
             try:
-                by: Literal["gates", "layers"] = "gates" if effects is None else "layers"
                 found = set_budget(dynamic, budget, batches, by=by, effects=effects, times=times)
             except BudgetTooLowError as error:
                 unreachable.append(budget)

@@ -238,7 +238,8 @@ class _Run:
 
     def by_gates(self, budget: float, by: str = "gates") -> Budget:
         widest = max(
-            float((layer.gate.beta.detach().abs() + _reach(layer.gate)).max()) for layer in self.layers.values()
+            float((layer.gate.beta.detach().abs() + (layer.gate.reach + MARGIN)).max())
+            for layer in self.layers.values()
         )
         lowest = self._shifted(widest)
         if lowest.mean() > budget:
@@ -340,15 +341,10 @@ class _Run:
         )
 
 
-def _reach(gate: Gate) -> Tensor:
-    """What the input can move each gate away from beta, and a margin: tanh bounds what FC2 reads to [-1, 1]."""
-    return gate.fc2.weight.detach().abs().sum(1) + MARGIN
-
-
 @torch.no_grad()
 def _decide(gate: Gate, choice: Choice) -> None:
     """Thresholds under which every input opens this candidate alone, as near to the gates as they may come."""
-    reach = _reach(gate)
+    reach = gate.reach + MARGIN
     for axis, index in (("channel", choice.channel), ("temporal", choice.temporal)):
         thresholds = gate.thresholds(axis)
         thresholds.copy_(gate.axis(axis, gate.beta + reach))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..layers import DynamicConv
-from ..layers.cheap import Principal
 from ..layers.routing import sample_rows
 from .statistics import sum_over_processes
 
@@ -70,10 +69,7 @@ class MatchedVariance:
             if sums[0] > 0:
                 op = self.layer.cheap_c.op(i)
                 scale, shift = (each.to(op.bias.dtype) for each in self._affine(i))
-                if isinstance(op, Principal):
-                    op.rescale(scale, shift)
-                else:
-                    _rescale(op.weight, op.bias, scale, shift)
+                op.rescale(scale, shift)
 
     def _affine(self, index: int) -> tuple[Tensor, Tensor]:
         sums = self.sums[index]
@@ -85,12 +81,6 @@ class MatchedVariance:
         tiny = torch.finfo(torch.float32).tiny
         scale = ((variances[0] + tiny) / (variances[1] + tiny)).sqrt().clamp_max(HIGHEST_SCALE)
         return scale, wanted - scale * found
-
-
-@torch.no_grad()
-def _rescale(weight: nn.Parameter, bias: nn.Parameter, scale: Tensor, shift: Tensor) -> None:
-    weight.mul_(scale.view(-1, *(1,) * (weight.dim() - 1)))
-    bias.mul_(scale).add_(shift)
 
 
 def _count(y: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..errors import RedconvertError
-from ..files import write_text_atomic
+from ..files import written
 from ..inputs import device_of, each_batch, evaluating, move_to, unwrapped
 from ..layers import DynamicConv, dynamic_layers
 from .clock import share
@@ -121,11 +121,11 @@ class Report:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON, also written to ``path`` where one is given. RedconvertError: it cannot be written."""
-        return _written(json.dumps(self.to_dict(), indent=2) + "\n", path)
+        return written(json.dumps(self.to_dict(), indent=2) + "\n", path)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """One line per layer, also written to ``path`` where one is given. RedconvertError: it cannot be written."""
-        return _written(render_csv(self), path)
+        return written(render_csv(self), path)
 
     def to_html(self, path: str | os.PathLike[str] | None = None, *, note: str = "") -> str:
         """One self-contained page, also written to ``path`` where one is given. RedconvertError: it cannot be.
@@ -134,7 +134,7 @@ class Report:
         """
         from .html import render_html
 
-        return _written(render_html(self, note), path)
+        return written(render_html(self, note), path)
 
     def table(self) -> Table:
         """For rich's consoles; needs rich."""
@@ -257,12 +257,6 @@ def _milliseconds(seconds: float, watch: Stopwatch) -> float | None:
 
 def _fields(value: Any) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-
-
-def _written(text: str, path: str | os.PathLike[str] | None) -> str:
-    if path is not None:
-        write_text_atomic(path, text)
-    return text
 
 
 def _with_progress(inputs: Iterable[Any], batches: Any, progress: bool) -> Iterable[Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RedconvertError
-from ..files import write_text_atomic
+from ..files import written
 from ..layers import DynamicConv
 
 __all__ = ["LayerTimes"]
@@ -54,10 +54,7 @@ class LayerTimes:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """As JSON, also written to ``path`` where one is given."""
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        if path is not None:
-            write_text_atomic(path, text)
-        return text
+        return written(json.dumps(self.to_dict(), indent=2) + "\n", path)
 
     @classmethod
     def from_json(cls, text: str | os.PathLike[str]) -> LayerTimes:

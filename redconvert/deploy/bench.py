@@ -20,7 +20,7 @@ from ..cost import Timing, interleaved, report
 from ..cost.clock import share
 from ..cost.measure import describe_environment
 from ..errors import RedconvertError, require
-from ..files import write_text_atomic
+from ..files import written
 from ..inputs import call_with, device_of, tensors_in
 from ..layers import disabled, dynamic_layers, forced
 from ..progress import progress_bar
@@ -89,10 +89,7 @@ class Bench:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """As JSON, also written to ``path`` where one is given."""
-        text = json.dumps(self.to_dict(), indent=2) + "\n"
-        if path is not None:
-            write_text_atomic(path, text)
-        return text
+        return written(json.dumps(self.to_dict(), indent=2) + "\n", path)
 
     def table(self) -> Table:
         """For rich's consoles."""

@@ -57,8 +57,7 @@ class FoldedGate:
     def constant(self) -> Decision | None:
         """What it decides whatever it reads; None where that depends on the input.
 
-        tanh bounds what the second layer adds: ``|z - (beta - threshold)| <= sum |W2|``. So it is after a budget by
-        layers, which moves thresholds out of reach.
+        So it is after a budget by layers, which moves thresholds out of the input's reach.
         """
         self._read_thresholds()
         return self._constant
@@ -70,7 +69,7 @@ class FoldedGate:
         self._version = self.gate.threshold._version
         self._layers.clear()
         middle = (self.gate.beta.float() - self.gate.threshold.float()).detach()
-        reach = self.gate.fc2.weight.detach().float().abs().sum(1) * (1 + ROUNDING) + ROUNDING
+        reach = self.gate.reach.float() * (1 + ROUNDING) + ROUNDING
         bounds = list(zip((middle - reach).tolist(), (middle + reach).tolist(), strict=True))
         channel, temporal = _always(bounds[self.split :]), _always(bounds[: self.split])
         self._constant = None if channel is None or temporal is None else Decision(channel, temporal)

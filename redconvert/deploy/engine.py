@@ -197,7 +197,7 @@ class Deployed(nn.Module):
     def _asks_its_gate(self, layer: DynamicConv) -> bool:
         if layer.forced == (None, None):
             unit = self._stand_ins.get(id(layer))
-            return layer.enabled and (unit is None or bool(layer.observers) or unit.known() is None)
+            return layer.enabled and (unit is None or unit.known() is None)
         return layer.enabled and any(each is None or (isinstance(each, list) and None in each) for each in layer.forced)
 
     def _tell(self, total: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..layers.cheap import Depthwise, Nothing, Pointwise, Principal, Scale
+from ..layers.cheap import Depthwise, Nothing, Pointwise, Scale
 from .absorbed import absorbed_filter
 from .kernels import Assembly, Filling, multiplies
 from .pack import Filter, PackedConv
@@ -70,11 +70,13 @@ def reduce(unit: Unit, channel: int, source: int) -> Reduced:
     inverse = order.argsort()
     assembly = Assembly.build(index[inverse], scale[inverse], shift[inverse], kept, product)
     filter = absorbed_filter(unit.layer, unit.filter, source)
-    if isinstance(op, Principal):
-        weight, bias = op.filters(filter.weight[order], None if filter.bias is None else filter.bias[order])
-        filter = replace(filter, weight=weight.detach(), bias=bias.detach())
-    else:
-        filter = filter.pick(order[:kept])
+    weight, bias = rebuild.filters(channel, filter.weight, filter.bias)
+    filter = replace(
+        filter,
+        weight=weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        groups=max(filter.groups * kept // len(order), 1),
+    )
     return Reduced(filter, inputs, cheap, cheap_source, assembly)
 
 

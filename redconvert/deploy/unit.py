@@ -191,7 +191,7 @@ class Unit(nn.Module):
         sources = None if layer.reads_from is None else layer.reads_from.take(num_samples, layer.layer_name).candidates
         given = sources or [0] * num_samples
         if layer.forced == (None, None):
-            known = self.baked if layer.observers or self.batch.always_ask else self.known()
+            known = self.known()
             if known is None:
                 return self.gate(x, sources)
             return [known._replace(source=source) for source in given], None
@@ -204,8 +204,13 @@ class Unit(nn.Module):
         ], z
 
     def known(self) -> Decision | None:
-        """The decision of every input, where the gate need not be asked; None where it must be."""
-        return self.baked or (None if self.gate is None else self.gate.constant)
+        """The decision of every input, where the gate need not be asked; None where it must be.
+
+        Observers are told what gates say, and benchmarks time them, unless they are baked.
+        """
+        if self.baked is not None or self.gate is None or self.layer.observers or self.batch.always_ask:
+            return self.baked
+        return self.gate.constant
 
     def _forced(self, num_samples: int) -> list[list[int | None]]:
         """What `redconvert.forced` asks of these samples, on the channel and the temporal axis."""

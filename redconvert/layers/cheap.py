@@ -48,6 +48,12 @@ class CheapOp(nn.Module):
     def macs_per_position(self) -> int:
         return self.weight.numel()
 
+    @torch.no_grad()
+    def rescale(self, scale: Tensor, shift: Tensor) -> None:
+        """``scale * y + shift`` behind it, ``(D)``."""
+        self.weight.mul_(scale.view(-1, *(1,) * (self.weight.dim() - 1)))
+        self.bias.mul_(scale).add_(shift)
+
     def pairing(self, kept: Tensor, gradient: Tensor) -> Tensor:
         """``<op(kept), gradient>`` per sample, ``(N)``; differentiable in the operation's parameters alone."""
         return (self(kept) * gradient).flatten(1).sum(1)
@@ -177,7 +183,7 @@ class Principal(Pointwise):
 
     @torch.no_grad()
     def rescale(self, scale: Tensor, shift: Tensor) -> None:
-        """``scale * y + shift`` behind it, for every channel, ``(C)`` in rank order."""
+        """The same for every channel, ``(C)`` in rank order, as those that are computed are its own, too."""
         kept = len(self.mix)
         before = scale[:kept].clamp_min(LEAST_SCALE)
         self.mix.mul_(before[:, None])

@@ -98,6 +98,12 @@ class Gate(nn.Module):
             hidden = self.fc1(matching(pooled.flatten(1), self.fc1.weight))
             return self.fc2(torch.tanh(self._normalize(hidden))) + self.beta - self.threshold
 
+    @property
+    def reach(self) -> Tensor:
+        """How far an input can move z from ``beta - threshold``, ``(S_t + S_c)``: tanh bounds what FC2 reads."""
+        weight = self.fc2.weight.detach()
+        return weight.abs().sum(1, dtype=torch.promote_types(weight.dtype, torch.float32))
+
     def axis(self, name: str, values: Tensor) -> Tensor:
         """What of ``values (..., S_t + S_c)`` belongs to "channel" or "temporal": a view, empty without that axis."""
         split = self.num_temporal if self.num_temporal > 1 else 0
