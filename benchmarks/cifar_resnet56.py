@@ -70,9 +70,9 @@ def half(setting: Setting, cheap: str, calibrated: bool) -> Candidate:
     return Candidate(dynamic, partial(redconvert.forced, dynamic, channel=1))
 
 
-def dynamic(setting: Setting, target: float, gate: str = "hard") -> Candidate:
-    """Full, half or a quarter of the channels, as each layer's gate decides for each input."""
-    network = setting.convert(cheap="pointwise", search_space=3, gate=gate)
+def dynamic(setting: Setting, target: float, gate: str = "hard", **config: Any) -> Candidate:
+    """Full, half or a quarter of the channels, or what ``config`` says, as each layer's gate decides for each input."""
+    network = setting.convert(**{"cheap": "pointwise", "search_space": 3, "gate": gate, **config})
     redconvert.calibrate(network, setting.calibration, rounds=0)
     redconvert.set_budget(network, target, setting.calibration[:2])
     redconvert.calibrate(network, setting.calibration, rounds=1, decisions="gates")

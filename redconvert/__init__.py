@@ -12,7 +12,17 @@ from .cost import LayerTimes, Report, report
 from .deploy import Bench, Deployed, bench, deploy, export_onnx, freeze, layer_times
 from .errors import RedconvertError
 from .finetune import EfficiencyLoss, History, distillation_loss, finetune, frozen_original, parameter_groups
-from .layers import DynamicConv2d, DynamicConv3d, Recipe, disabled, forced, observed, register, resting_gates
+from .layers import (
+    DynamicConv2d,
+    DynamicConv3d,
+    Recipe,
+    capturable,
+    disabled,
+    forced,
+    observed,
+    register,
+    resting_gates,
+)
 from .presets import presets
 
 __version__ = "0.1.0"
@@ -39,6 +49,7 @@ __all__ = [
     "bench",
     "budget_curve",
     "calibrate",
+    "capturable",
     "cascade",
     "clear_budget",
     "convert",

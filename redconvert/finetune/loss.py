@@ -69,7 +69,7 @@ class EfficiencyLoss:
         self.target, self.mu_0, self.p, self.otherwise = target, mu_0, p, otherwise
         self.correct, self.static_macs = correct, static_macs
         self.costs: Tensor | None = None
-        self._tape = _Tape()
+        self._tape, self._priced = _Tape(), _Priced()
         self._remove = weakref.finalize(self, _attach(dynamic, self._tape))
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class EfficiencyLoss:
             )
         executed, dense = [], self.static_macs * num_samples
         for layer, seen in calls:
-            cost, whole = _call_cost(layer, seen)
+            cost, whole = self._priced(layer, seen)
             executed.append(_per_sample(cost, num_samples))
             dense += whole
         return (torch.stack(executed).sum(0) + self.static_macs) / (dense / num_samples)
@@ -180,20 +180,37 @@ def _attach(dynamic: nn.Module, tape: _Tape) -> Callable[[], None]:
     return remove
 
 
-def _call_cost(layer: DynamicConv, seen: Observation) -> tuple[Tensor, float]:
-    """MACs of every decision of one call, hard in value and soft in gradient, and the dense MACs of all together."""
-    macs, (channel, temporal) = layer_macs(layer, seen.input_shape, seen.output_shape), seen.weights
-    dtype = torch.promote_types(channel.dtype, torch.float32)
-    tables = channel.new_tensor([_table(macs, source) for source in range(len(macs.reads))], dtype=dtype)
-    # Of the layer that is read one candidate is certain where that one tells no weights.
-    source = channel.new_ones(len(channel), 1) if seen.source is None else seen.source
-    with torch.autocast(channel.device.type, enabled=False):  # MACs are larger than any float16
-        soft = torch.einsum("ns,nc,nt,sct->n", source.to(dtype), channel.to(dtype), temporal.to(dtype), tables)
-    if any(decision.blend for decision in seen.decisions):
-        hard = tables.new_tensor(executed_macs(layer, seen))
-    else:
-        hard = tables[largest_open(source).long(), largest_open(channel).long(), largest_open(temporal).long()]
-    return soft + (hard - soft).detach(), float(macs.dense) * len(seen.decisions)
+class _Priced:
+    """The MACs of every decision of a layer, kept on the device by shapes: a CUDA graph may copy none to it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, tuple[Tensor, int]] = {}
+
+    def __call__(self, layer: DynamicConv, seen: Observation) -> tuple[Tensor, float]:
+        """Of every sample, hard in value and soft in gradient, and the dense MACs of all together."""
+        channel, temporal = seen.weights
+        dtype = torch.promote_types(channel.dtype, torch.float32)
+        tables, dense = self._tables(layer, seen, dtype)
+        # Of the layer that is read one candidate is certain where that one tells no weights.
+        source = channel.new_ones(len(channel), 1) if seen.source is None else seen.source
+        with torch.autocast(channel.device.type, enabled=False):  # MACs are larger than any float16
+            soft = torch.einsum("ns,nc,nt,sct->n", source.to(dtype), channel.to(dtype), temporal.to(dtype), tables)
+        if any(decision.blend for decision in seen.decisions):
+            hard = tables.new_tensor(executed_macs(layer, seen))
+        else:
+            hard = tables[largest_open(source).long(), largest_open(channel).long(), largest_open(temporal).long()]
+        return soft + (hard - soft).detach(), float(dense) * len(seen.decisions)
+
+    def _tables(self, layer: DynamicConv, seen: Observation, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """``(S_source, S_c, S_t)``, and the dense MACs of one sample."""
+        device, cheap = seen.weights.channel.device, layer.cheap_c
+        rebuilding = cheap and tuple(op.macs_per_position for op in cheap.ops)  # calibration may choose another Phi_c
+        key = (id(layer), seen.input_shape, seen.output_shape, rebuilding, device, dtype)
+        if key not in self._kept:
+            macs = layer_macs(layer, seen.input_shape, seen.output_shape)
+            tables = torch.tensor([_table(macs, i) for i in range(len(macs.reads))], dtype=dtype, device=device)
+            self._kept[key] = tables, macs.dense
+        return self._kept[key]
 
 
 def _table(macs: LayerMacs, source: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ from .candidates import Candidates
 from .conv import DynamicConv2d, DynamicConv3d
 from .frames import FrameRebuild
 from .gate import Gate, GateWeights
-from .modes import disabled, dynamic_layers, forced, observed, resting_gates
+from .modes import capturable, disabled, dynamic_layers, forced, observed, resting_gates
 from .rebuild import ChannelRebuild
 from .recipes import Recipe, recipe_of, register
 from .routing import Decision
@@ -25,6 +25,7 @@ __all__ = [
     "Handover",
     "Observation",
     "Recipe",
+    "capturable",
     "disabled",
     "dynamic_layers",
     "forced",

@@ -71,8 +71,8 @@ class Handover:
 
     def present(self, like: Tensor) -> Tensor:
         """Which channels are there under each candidate, ``(S, C)``: ones and zeros."""
-        kept = torch.tensor(self.channels, device=like.device)
-        return (self.rebuild.inverse < kept[:, None]).to(like.dtype)
+        # Not compared with a tensor of numbers: whoever captures a CUDA graph may copy none to the device.
+        return torch.stack([self.rebuild.inverse < kept for kept in self.channels]).to(like.dtype)
 
     def take(self, num_samples: int, reader: str) -> Source:
         """What the source said of this call."""

@@ -32,7 +32,7 @@ DEFAULT_GATE_FRAMES = 8  # where no example says how long clips are
 ADDED_MODULES = ("gate", "cheap_c", "cheap_t", "cheap_in")
 ADDED_ATTRIBUTES = (  # all that make_dynamic and the modes set on a convolution
     *("config", "candidates", "num_frames", "layer_name", "feeds_norm", "forced", "enabled", "learns", "observers"),
-    *("hands_to", "reads_from"),
+    *("hands_to", "reads_from", "capturable", "settled"),
     *ADDED_MODULES,  # an absent cheap operation is a plain None
 )
 Forced = list[int | None] | int | None  # a candidate for all samples, one per sample, or None: the gate decides
@@ -83,6 +83,8 @@ class DynamicConv(nn.Module):
     feeds_norm: bool = False
     forced: tuple[Forced, Forced] = (None, None)
     observers: tuple[Callable[[DynamicConv, Observation], None], ...] = ()
+    capturable: bool = False  # it looks at no value: shapes are static
+    settled: tuple[int, int] | None = None  # while capturable: what its gate decides of any input
     hands_to: Handover | None = None  # its channels are not rebuilt: whoever reads them does without
     reads_from: Handover | None = None
 
@@ -169,7 +171,7 @@ class DynamicConv(nn.Module):
         dim = 5 if isinstance(self, nn.Conv3d) else 4
         if input.dim() == dim - 1 and self.num_frames is None:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if self.capturable or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return run_static(self, input)
         check_input(self, input, self.layer_name, self.num_frames, self.recipe.pad is Recipe.pad)
         source = self._source(input)
@@ -191,10 +193,16 @@ class DynamicConv(nn.Module):
             computed, learned = resting(self, decisions) if rests else (decisions, 0)
             groups = group_samples(computed)
             out = route(groups, lambda decision, n: self._sparse(input, weights, decision, n, learned), input)
-        seen = Observation(input.shape, out.shape, weights, decisions, source and source.weights)
+        self.tell(input, out, weights, decisions, source and source.weights)
+        return out
+
+    def tell(
+        self, x: Tensor, out: Tensor, weights: GateWeights, decisions: list[Decision], source: Tensor | None
+    ) -> None:
+        """Tell whoever listens of one call."""
+        seen = Observation(x.shape, out.shape, weights, decisions, source)
         for observer in self.observers:
             observer(self, seen)
-        return out
 
     def _source(self, x: Tensor) -> Source | None:
         """What the layer that is read says of these samples."""

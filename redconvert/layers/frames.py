@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .candidates import Candidates
-from .gate import matching
+from .gate import matching, one_hot
 
 __all__ = ["FrameRebuild"]
 
@@ -71,8 +70,8 @@ class FrameRebuild(nn.Module):
                 from_right, shift = torch.cat([zeros, weight[:, 1]]), torch.cat([zeros, bias])
             offset = frames % stride
             maps.append(
-                from_left[offset].T.unsqueeze(2) * F.one_hot(left, num_frames)
-                + from_right[offset].T.unsqueeze(2) * F.one_hot(right, num_frames)
+                from_left[offset].T.unsqueeze(2) * one_hot(left, num_frames)
+                + from_right[offset].T.unsqueeze(2) * one_hot(right, num_frames)
             )
             biases.append(shift[offset].T)
         return torch.stack(maps), torch.stack(biases)

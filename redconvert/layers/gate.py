@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-__all__ = ["Gate", "GateWeights", "candidate_weights", "largest_open", "matching", "processes"]
+__all__ = ["Gate", "GateWeights", "candidate_weights", "largest_open", "matching", "one_hot", "processes"]
 
 # beta at conversion: tanh(+-1.5) = +-0.9 is decided, yet its slope of 0.18 still lets the gate learn.
 BIRTH_BETA = 1.5
 # Rows of FC2 have this L1 norm at birth. tanh bounds its input to [-1, 1], so FC2 moves z by at most
 # this much and the signs that beta sets hold for every input: the full candidate is open, the others closed.
 BIRTH_NORM = 0.75
+ROUNDING = 1e-5  # of sums of a few dozen products, amply
 
 
 class GateWeights(NamedTuple):
@@ -104,6 +105,18 @@ class Gate(nn.Module):
         weight = self.fc2.weight.detach()
         return weight.abs().sum(1, dtype=torch.promote_types(weight.dtype, torch.float32))
 
+    def settled(self) -> tuple[int, int] | None:
+        """The channel and the temporal candidate that it takes whatever it reads; None where that depends on it.
+
+        So it is at birth, and after a budget by layers, which moves thresholds out of the input's reach. The device is
+        read.
+        """
+        middle = (self.beta.float() - self.threshold.float()).detach()
+        reach = self.reach.float() * (1 + ROUNDING) + ROUNDING
+        bounds = torch.stack([middle - reach, middle + reach], dim=1)
+        channel, temporal = (_always(self.axis(name, bounds.T).T.tolist()) for name in ("channel", "temporal"))
+        return None if channel is None or temporal is None else (channel, temporal)
+
     def axis(self, name: str, values: Tensor) -> Tensor:
         """What of ``values (..., S_t + S_c)`` belongs to "channel" or "temporal": a view, empty without that axis."""
         split = self.num_temporal if self.num_temporal > 1 else 0
@@ -130,6 +143,16 @@ class Gate(nn.Module):
         return F.batch_norm(
             hidden, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
         )
+
+
+def _always(bounds: list[list[float]]) -> int | None:
+    """The largest open candidate, else the last, where that is the same for every z within these bounds."""
+    for index, (low, high) in enumerate(bounds[:-1]):
+        if low > 0:
+            return index
+        if high > 0:
+            return None
+    return max(len(bounds) - 1, 0)
 
 
 def processes() -> int:
@@ -195,7 +218,7 @@ def candidate_weights(values: Tensor, normalize: bool = True) -> Tensor:
     total = opened.sum(-1, keepdim=True)
     closed = total <= 0
     weights = opened / torch.where(closed, torch.ones_like(total), total) if normalize else opened
-    cheapest = F.one_hot(torch.full_like(total[..., 0], values.shape[-1] - 1, dtype=torch.long), values.shape[-1])
+    cheapest = one_hot(torch.full_like(total[..., 0], values.shape[-1] - 1, dtype=torch.long), values.shape[-1])
     # The zero that is added carries the gradient of V to a sample whose gates are all closed.
     return torch.where(closed, cheapest.to(weights.dtype) + opened - opened.detach(), weights)
 
@@ -203,6 +226,11 @@ def candidate_weights(values: Tensor, normalize: bool = True) -> Tensor:
 def largest_open(weights: Tensor) -> Tensor:
     """Index of the largest open candidate, ``(N, S) -> (N,)``: the one that has to be computed."""
     return (weights > 0).int().argmax(-1)
+
+
+def one_hot(index: Tensor, size: int) -> Tensor:
+    """``(...)`` -> ``(..., size)``, true at the index. PyTorch's own looks at the values on a CPU."""
+    return index.unsqueeze(-1) == torch.arange(size, device=index.device)
 
 
 def matching(x: Tensor, like: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .base import DynamicConv, Forced, Observation
 
 __all__ = [
     "attributes",
+    "capturable",
     "disabled",
     "dynamic_layers",
     "forced",
@@ -53,6 +54,29 @@ def resting_gates(model: nn.Module) -> Iterator[nn.Module]:
     compiled network computes everything all the same.
     """
     with attributes(dynamic_layers(model).values(), learns=False):
+        yield model
+
+
+@contextmanager
+def capturable(model: nn.Module) -> Iterator[nn.Module]:
+    """Run without a look at any value, so that a CUDA graph can capture the passes, those of training included.
+
+    A step of training is then one launch, where its kernels are small. Values and gradients are those of the network
+    outside. Decisions stay on the device, and every candidate is computed of which one could be taken; not so where
+    `forced` names it, or no input can change what the gate decides (so it is after `set_budget` by layers): in
+    inference, and in training inside `resting_gates`, that candidate alone is computed. Which gates these are is read
+    when the block is entered: enter it again after thresholds or gates have changed.
+
+        with redconvert.capturable(dynamic), redconvert.resting_gates(dynamic):
+            ...  # warm up on a side stream
+            with torch.cuda.graph(graph):
+                loss = criterion(dynamic(x), y)
+                loss.backward()
+    """
+    with ExitStack() as stack:
+        for layer in dynamic_layers(model).values():
+            settled = layer.gate.settled() if layer.config.gate == "hard" else None
+            stack.enter_context(attributes([layer], capturable=True, settled=settled))
         yield model
 
 

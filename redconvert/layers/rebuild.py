@@ -105,7 +105,9 @@ class ChannelRebuild(nn.Module):
             ranks = weight if self.is_identity else weight.index_select(0, self.order)
             return op.filters(ranks, bias if bias is None or self.is_identity else bias.index_select(0, self.order))
         kept = self.kept(index)
-        return weight[kept], None if bias is None else bias[kept]
+        if isinstance(kept, slice):
+            return weight[kept], None if bias is None else bias[kept]
+        return weight.index_select(0, kept), None if bias is None else bias.index_select(0, kept)
 
     def computed(self, index: int, ranks: Tensor) -> Tensor:
         """What candidate ``index`` computes, from all channels in rank order."""
@@ -143,8 +145,8 @@ class ChannelRebuild(nn.Module):
         if self.is_principal:  # no reduced one computes a channel
             return weights[:, :1].expand(-1, self.channels[0])
         ranks = torch.arange(self.channels[0], device=weights.device)
-        kept = torch.tensor(self.channels, device=weights.device)
-        return weights @ (ranks < kept[:, None]).to(weights.dtype)
+        computed = torch.stack([ranks < kept for kept in self.channels])  # no numbers are copied to the device
+        return weights @ computed.to(weights.dtype)
 
     def mix(self, y: Tensor, weights: Tensor, first: int = 0, normalized: bool = True) -> Tensor:
         """``sum_i w_i [y_(<k_i), Phi_i(y_(<k_i))]`` over the candidates from ``first`` on.

@@ -1,4 +1,4 @@
-"""Masked mode with static shapes: what ``torch.compile``, ``torch.export`` and ONNX see.
+"""Masked mode with static shapes: what ``torch.compile``, ``torch.export``, ONNX and CUDA graphs see.
 
 Decisions stay tensors, so that one graph serves all of them, and every step more is a node more for a compiler to
 read: with hard gates no weights are computed, since the largest open candidate alone counts.
@@ -6,16 +6,17 @@ read: with hard gates no weights are computed, since the largest open candidate 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .absorb import Choice, pooled_static, static_source
-from .gate import GateWeights, largest_open
+from .gate import GateWeights, largest_open, one_hot
 from .masked import attach, rebuild_loss, replace_value
+from .routing import FULL
+from .training import trained_candidate
 
 if TYPE_CHECKING:
     from .base import DynamicConv
@@ -28,9 +29,13 @@ AXES = ("channel", "temporal")
 def run_static(layer: DynamicConv, x: Tensor) -> Tensor:
     """The layer's output without a look at any value.
 
-    Where Python knows the candidate (`redconvert.forced` with an index, an axis with one candidate), only that one is
-    computed. Where the gate decides, all candidates come from one full convolution.
+    Where Python knows the candidate (`redconvert.forced` with an index, an axis with one candidate, a gate that
+    `redconvert.capturable` found settled), only that one is computed; in training, where its gate rests. Where the gate
+    decides, all candidates come from one full convolution.
     """
+    known = _known(layer)
+    if None not in known and (not layer.training or not layer.learns):
+        return _run_chosen(layer, x, known)  # type: ignore[arg-type]
     pooled = pooled_static(layer, x)
     if layer.training or layer.config.gate == "soft":
         weights = layer._weights(x, pooled)
@@ -38,13 +43,25 @@ def run_static(layer: DynamicConv, x: Tensor) -> Tensor:
             weights = GateWeights(*(each.detach() for each in weights))
         if layer.hands_to is not None:
             layer.hands_to.static = weights.channel, weights.channel
-        return mixed(layer, x, weights)
-    channel, temporal = _choices(layer, x, pooled)
+        out = mixed(layer, x, weights)
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # a graph of theirs tells nobody
+            layer.tell(x, out, weights, [FULL] * len(weights.channel), static_source(layer)[1])
+        return out
+    return _run_chosen(layer, x, _choices(layer, x, pooled, known))
+
+
+def _run_chosen(layer: DynamicConv, x: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """The candidates that Python knows, or the largest that the gate opens, sample by sample."""
+    channel, temporal = choices
+    learned = 0
     if layer.hands_to is not None:
         layer.hands_to.static = channel, None
-        channel = channel if isinstance(channel, int) else 0  # all are computed, and the reader leaves some out
+        if layer.training and isinstance(channel, int) and not torch.compiler.is_compiling():
+            learned = trained_candidate(layer, channel)
+        # All are computed, for the norm's statistics in training, and the reader leaves some out.
+        channel = channel if isinstance(channel, int) and not layer.training else 0
     i, j = (choice if isinstance(choice, int) else 0 for choice in (channel, temporal))
-    y = _read(layer, x, i, j)
+    y = _read(layer, x, i, j, learned)
     num_frames = layer._output_frames(x)
     computed = layer.candidates.frames(j, num_frames)
     if isinstance(channel, Tensor):
@@ -63,11 +80,16 @@ def run_static(layer: DynamicConv, x: Tensor) -> Tensor:
     return layer.from_clips(z)
 
 
-def _read(layer: DynamicConv, x: Tensor, i: int, j: int) -> Tensor:
-    """The convolution of the channels that the layer's source hands over, whatever is known of them."""
+def _read(layer: DynamicConv, x: Tensor, i: int, j: int, learned: int = 0) -> Tensor:
+    """The convolution of the channels that the layer's source hands over, whatever is known of them.
+
+    ``learned``: the channel candidate whose channels alone get gradients, 0 for all.
+    """
     source, _ = static_source(layer)
     if isinstance(source, int):
-        return layer._convolve(x, i, j, source) if i or j or source else layer.dense_class.forward(layer, x)
+        if i or j:
+            return layer._convolve(x, i, j, source, learned)
+        return layer.whole(x, source, learned)
     full = layer._convolve(x, i, j) if i or j else layer.dense_class.forward(layer, x)
     frames = layer.candidates.frames(j, layer.frames_per_sample) if layer.frames_per_sample > 1 else 1
     rows = source.repeat_interleave(frames, dim=0) if frames > 1 else source
@@ -94,33 +116,37 @@ def mixed(layer: DynamicConv, x: Tensor, weights: GateWeights) -> Tensor:
     if layer.hands_to is not None:
         if layer.cheap_t is None:
             return y
-        weights = GateWeights(F.one_hot(largest_open(weights.channel) * 0, weights.channel.shape[1]), weights.temporal)
+        opened = one_hot(largest_open(weights.channel) * 0, weights.channel.shape[1])
+        weights = GateWeights(opened.to(weights.channel.dtype), weights.temporal)
     out = layer.mix(y, weights)
     if not layer.training:
         return out
     if layer.config.gate == "hard":
-        hard = GateWeights(*(F.one_hot(largest_open(w).long(), w.shape[1]).to(w.dtype) for w in weights))
+        hard = GateWeights(*(one_hot(largest_open(w), w.shape[1]).to(w.dtype) for w in weights))
         out = replace_value(out, layer.mix(y.detach(), hard).detach())
     loss = rebuild_loss(layer, y.detach(), GateWeights(*(w.detach() for w in weights)))
     return out if loss is None else attach(out, loss)
 
 
-def _choices(layer: DynamicConv, x: Tensor, pooled: Tensor) -> list[Choice]:
+def _known(layer: DynamicConv) -> list[int | None]:
+    """The candidate on each axis, where Python knows it without a look at the gate."""
     sizes = (len(layer.candidates.channels), len(layer.candidates.strides))
-    forced = [0 if size == 1 else wanted for size, wanted in zip(sizes, layer.forced, strict=True)]
-    known = [isinstance(wanted, int) for wanted in forced]
-    if all(known):
-        found: list[Tensor] = []
-    elif any(isinstance(wanted, list) for wanted in forced):
+    settled = layer.settled or (None, None)
+    found: list[int | None] = []
+    for axis, size, wanted, always in zip(AXES, sizes, layer.forced, settled, strict=True):
+        wanted = always if wanted is None else wanted
+        found.append(0 if size == 1 else layer.candidates.nearest(axis, wanted) if isinstance(wanted, int) else None)
+    return found
+
+
+def _choices(layer: DynamicConv, x: Tensor, pooled: Tensor, known: Sequence[int | None]) -> list[Choice]:
+    """On each axis what is known, else which candidates the gate opens, ``(N, S)``."""
+    if any(isinstance(wanted, list) for wanted in layer.forced):
         found = [weights > 0 for weights in layer._weights(x, pooled)]
     else:
         opened = layer.gate.logits(layer._per_clip(pooled)) > 0
         found = [layer.gate.axis(axis, opened) for axis in AXES]
-    nearest = layer.candidates.nearest
-    return [
-        nearest(AXES[axis], wanted) if known[axis] else found[axis]  # type: ignore[arg-type]
-        for axis, wanted in enumerate(forced)
-    ]
+    return [gated if index is None else index for gated, index in zip(found, known, strict=True)]
 
 
 def _channel_candidates(layer: DynamicConv, y: Tensor) -> Iterator[Tensor]:

@@ -15,14 +15,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .absorb import Source, read_dense
-from .gate import GateWeights, matching
+from .gate import GateWeights, matching, one_hot
 from .masked import CheckpointedMix
 from .routing import Decision, select
 
 if TYPE_CHECKING:
     from .base import DynamicConv
 
-__all__ = ["convolve_learning", "resting", "run_masked"]
+__all__ = ["convolve_learning", "resting", "run_masked", "trained_candidate"]
 
 
 def run_masked(
@@ -34,7 +34,7 @@ def run_masked(
     if layer.hands_to is not None:
         if layer.cheap_t is None:
             return y  # whoever reads it leaves channels out
-        opened = F.one_hot(torch.zeros_like(weights.channel[:, 0], dtype=torch.long), weights.channel.shape[1])
+        opened = one_hot(torch.zeros_like(weights.channel[:, 0], dtype=torch.long), weights.channel.shape[1])
         weights = GateWeights(opened.to(weights.channel.dtype), weights.temporal)
     own = [d._replace(channel=0 if layer.hands_to else d.channel, source=0) for d in decisions]
     return CheckpointedMix.apply(layer, own, y, *weights, *layer.cheap_parameters())
@@ -52,13 +52,13 @@ def resting(layer: DynamicConv, decisions: list[Decision]) -> tuple[list[Decisio
 
 
 def _learned(layer: DynamicConv, decisions: list[Decision]) -> int:
-    """The largest channel candidate that a sample takes: those that only larger ones compute get no gradient.
+    """Of the largest channel candidate that a sample takes: channels that only larger ones compute get no gradient."""
+    return trained_candidate(layer, min(d.channel for d in decisions))
 
-    0 also where candidates mix all channels.
-    """
-    if layer.cheap_c is None or layer.cheap_c.is_principal:
-        return 0
-    return min(d.channel for d in decisions)
+
+def trained_candidate(layer: DynamicConv, channel: int) -> int:
+    """The candidate whose channels alone get gradients where ``channel`` is taken; 0, all, where it mixes them."""
+    return 0 if layer.cheap_c is None or layer.cheap_c.is_principal else channel
 
 
 def convolve_learning(

@@ -1,0 +1,402 @@
+"""ResNet-56 on CIFAR-10 on one GPU: dynamic, pruned and dense networks side by side, at equal epochs.
+
+    python benchmarks/cifar_gpu.py prepare --data FOLDER --work WORK            # CPU: convert, calibrate, prune
+    python benchmarks/cifar_gpu.py train --data FOLDER --work WORK --out WORK   # GPU: all rows, step by step in turn
+    python benchmarks/cifar_gpu.py finish --data FOLDER --work WORK             # CPU: MACs, spread, asking again; JSON
+
+Networks so small keep a GPU waiting for launches, and Python for the GPU: each row's forward and backward pass is a
+CUDA graph (`redconvert.capturable`), and each row has a stream of its own. All rows of a seed see the same batches and
+the same teacher's answers. Where a budget by layers has settled the gates they rest; the rows with "gates learn"
+train them in every step, with the efficiency loss. ``--device cpu`` runs the same without graphs, to try it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar import asking_again, images, resnet56
+from cifar_resnet56 import ROWS as STARTS
+from cifar_resnet56 import TOTALS, Setting, absorbed, dynamic, measure, spread, summary
+from common import RESULTS, environment, write
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training import groups_of
+
+import redconvert
+from redconvert.cost.measure import static_macs
+from redconvert.finetune.parameters import build_optimizer, learning_rate_factor
+
+WARM_UP = 3  # passes before a graph is captured, as PyTorch's documentation asks for
+CLIP = 5.0  # of the gradient's norm
+MIXTURES = {"cheap": "principal", "shares": (0.75, 0.5, 0.25)}
+
+# How each network comes about, and the rows that train it; ``lr``: times that of the others.
+PREPARED = {
+    "dense": STARTS["dense"],
+    "depgraph 0.5": STARTS["depgraph 0.5"],
+    "depgraph 0.4": STARTS["depgraph 0.4"],
+    "absorbed 0.5": lambda setting: absorbed(setting, 0.5),
+    "absorbed 0.4": lambda setting: absorbed(setting, 0.4),
+    "principal 0.5": lambda setting: dynamic(setting, 0.5, **MIXTURES),
+    "rebuilt 0.5": lambda setting: dynamic(setting, 0.5),
+}
+ROWS: dict[str, dict[str, Any]] = {
+    "dense": {"seeds": (0, 1, 2)},
+    "depgraph 0.5": {"seeds": (0, 1, 2)},
+    "absorbed 0.5": {"seeds": (0, 1, 2)},
+    "absorbed 0.4": {"seeds": (0, 1, 2)},
+    "depgraph 0.4": {"seeds": (0,)},
+    "principal 0.5": {"seeds": (0,)},
+    "absorbed 0.5, no labels": {"seeds": (0,), "distill": 1.0},
+    "absorbed 0.5, higher lr": {"seeds": (0,), "lr": 2.5},
+    "depgraph 0.5, higher lr": {"seeds": (0,), "lr": 2.5},
+    "rebuilt 0.5, gates learn": {"seeds": (0,), "learns": True, "target": 0.5},
+}
+
+
+# -- prepare -------------------------------------------------------------------------------------------
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Every network before training, into WORK; what is there already is not made again."""
+    setting = Setting(arguments, seed=0)
+    for name, start in PREPARED.items():
+        folder = arguments.work / name.replace(" ", "-")
+        if folder.exists() or not any(row.startswith(name) for row in arguments.rows):
+            continue
+        begin = time.perf_counter()
+        torch.manual_seed(0)
+        model = start(setting).model
+        found = measure(model, setting, arguments.quick_images)
+        if any(isinstance(each, redconvert.DynamicConv2d) for each in model.modules()):
+            redconvert.save_pretrained(model, folder)
+        else:
+            folder.mkdir(parents=True)
+            torch.save(model, folder / "network.pt")
+        found["prepared_s"] = round(time.perf_counter() - begin, 1)
+        write(found, folder / "start.json")
+        print(f"{name}: {found}", flush=True)
+
+
+def load(arguments: argparse.Namespace, row: str) -> nn.Module:
+    """What `prepare` left for a row."""
+    folder = arguments.work / row.split(",")[0].replace(" ", "-")
+    if (folder / "network.pt").exists():
+        return torch.load(folder / "network.pt", weights_only=False, map_location="cpu")  # pruned: a class of its own
+    return redconvert.from_pretrained(resnet56(arguments.data), folder)
+
+
+# -- train ---------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Augmented batches of one seed on the device, and what the teacher says of them, in the same memory each time."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, teacher: nn.Module, arguments: argparse.Namespace, seed: int):
+        self.pixels, self.labels, self.teacher, self.size = pixels, labels, teacher, arguments.batch
+        self.generator = torch.Generator(pixels.device).manual_seed(seed)
+        self.x = pixels[: self.size].contiguous(memory_format=torch.channels_last)
+        self.y, self.taught = labels[: self.size].clone(), teacher(self.x)
+        self.order = torch.empty(0)
+
+    def next(self, step: int) -> None:
+        """Another shuffle at the beginning of an epoch, then batch after batch; the last incomplete one is dropped."""
+        count = len(self.pixels) // self.size
+        if step % count == 0:
+            self.order = torch.randperm(len(self.pixels), generator=self.generator, device=self.pixels.device)
+        chosen = self.order[step % count * self.size :][: self.size]
+        self.x.copy_(self._augmented(self.pixels[chosen]))
+        self.y.copy_(self.labels[chosen])
+        self.taught.copy_(self.teacher(self.x))
+
+    def _augmented(self, x: Tensor, padding: int = 4) -> Tensor:
+        """Another crop of each image, and every second one mirrored; as `cifar.augment`, on the device."""
+        N, _, H, W = x.shape
+        options: dict[str, Any] = {"generator": self.generator, "device": x.device}
+        top, left = torch.randint(2 * padding + 1, (2, N, 1), **options)
+        rows, columns = (start + torch.arange(size, device=x.device) for start, size in ((top, H), (left, W)))
+        columns = torch.where(torch.rand(N, 1, **options) < 0.5, columns, columns.flip(1))
+        padded = F.pad(x, [padding] * 4)
+        sample = torch.arange(N, device=x.device)[:, None, None]
+        return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class Runner:
+    """One row and seed: a network, its optimizer, and its forward and backward pass as a CUDA graph."""
+
+    def __init__(self, name: str, seed: int, model: nn.Module, given: Batches, arguments: argparse.Namespace) -> None:
+        row = ROWS[name]
+        self.name, self.seed, self.given, self.arguments = name, seed, given, arguments
+        self.distill, self.learns = row.get("distill", arguments.distill), row.get("learns", False)
+        device = given.x.device
+        self.model = model.to(device, memory_format=torch.channels_last).train()
+        self.dynamic = any(isinstance(each, redconvert.DynamicConv2d) for each in model.modules())
+        self.efficiency = None
+        if self.learns:
+            static = static_macs(self.model, given.x[:1])
+            self.efficiency = redconvert.EfficiencyLoss(self.model, target=row["target"], static_macs=static)
+        lr = arguments.lr * row.get("lr", 1.0)
+        self.optimizer = build_optimizer("sgd", groups_of(self.model, lr, arguments.gate_lr))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self.seen: list[Tensor] = []
+        self.losses = torch.zeros(2, device=device)  # the task's, and the costs' mean
+        self.graph = self._captured() if self.stream is not None else None
+
+    def step(self, rate: float) -> None:
+        """Replay the passes, clip, update; nothing waits for the device."""
+        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
+            if self.stream is not None:
+                self.stream.wait_stream(torch.cuda.default_stream())
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self.optimizer.zero_grad(set_to_none=True)
+                with self._running():
+                    self._passes()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP, foreach=True)
+            for group, initial in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = initial * rate
+            self.optimizer.step()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """The passes, after a warm-up on the same stream; what the warm-up did to the norms' statistics is undone."""
+        before = copy.deepcopy(self.model.state_dict())
+        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with self._running():
+            with torch.cuda.stream(self.stream):
+                for _ in range(WARM_UP):
+                    self.optimizer.zero_grad(set_to_none=True)
+                    self._passes()
+            torch.cuda.synchronize()
+            self.optimizer.zero_grad(set_to_none=True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self._passes()
+        self.model.load_state_dict(before)
+        torch.cuda.synchronize()
+        return graph
+
+    def _running(self) -> AbstractContextManager[Any]:
+        """Static shapes; gates that a budget has settled rest."""
+        stack = ExitStack()
+        if self.dynamic:
+            stack.enter_context(redconvert.capturable(self.model))
+            stack.enter_context(nullcontext() if self.learns else redconvert.resting_gates(self.model))
+        return stack
+
+    def _passes(self) -> None:
+        """``(1 - d) CE + d t^2 KL(teacher) + weight * L_e``, forward and backward; gradients end in ``.grad``."""
+        scores, distill = self.model(self.given.x), self.distill
+        loss = distill * _divergence(scores, self.given.taught, self.arguments.temperature)
+        if distill < 1:
+            loss = loss + (1 - distill) * F.cross_entropy(scores, self.given.y)
+        self.losses[0] = loss.detach()
+        if self.efficiency is not None:
+            loss = loss + self.arguments.efficiency * self.efficiency(scores, self.given.y)
+            assert self.efficiency.costs is not None
+            self.losses[1] = self.efficiency.costs.mean()
+        loss.backward()
+
+    @torch.no_grad()
+    def accuracy(self, pixels: Tensor, labels: Tensor) -> float:
+        """Of right answers in inference, decisions followed."""
+        self.model.eval()
+        answers = torch.cat([self.model(x).argmax(1) for x in pixels.split(1000)])
+        self.model.train()
+        return float((answers == labels).double().mean())
+
+
+def _divergence(scores: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """As `redconvert.distillation_loss`."""
+    return redconvert.distillation_loss(scores, wanted, temperature)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """All rows, epoch by epoch; a row that cannot be captured is left out, with its reason."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    device, begin = torch.device(arguments.device), time.perf_counter()
+    out: dict[str, Any] = {"schedule": schedule(arguments), "rows": {}, **environment(0), **card(device)}
+    pixels, labels = (each[: arguments.images].to(device) for each in images(arguments.data, "train"))
+    test = [each[: arguments.test_images].to(device) for each in images(arguments.data, "test")]
+    test[0] = test[0].contiguous(memory_format=torch.channels_last)
+    teacher = resnet56(arguments.data).to(device, memory_format=torch.channels_last).requires_grad_(False)
+    seeds = sorted({seed for name in arguments.rows for seed in ROWS[name]["seeds"] if seed in arguments.seeds})
+    with torch.no_grad():
+        given = {seed: Batches(pixels, labels, teacher, arguments, seed) for seed in seeds}
+    runners: list[Runner] = []
+    loaded: dict[str, nn.Module] = {}
+    for seed in seeds:  # the first seed of every row before the second of any
+        for name in arguments.rows:
+            if seed in ROWS[name]["seeds"]:
+                try:
+                    start = name.split(",")[0]
+                    loaded[start] = loaded.get(start) or load(arguments, name)
+                    runners.append(Runner(name, seed, copy.deepcopy(loaded[start]), given[seed], arguments))
+                except Exception as error:
+                    out["rows"].setdefault(name, {})[str(seed)] = {"failed": f"{type(error).__name__}: {error}"[:2000]}
+                    print(f"{name} {seed}: {error}", flush=True)
+    out["ready_s"] = round(time.perf_counter() - begin, 1)
+    count = len(pixels) // arguments.batch
+    steps, step, epoch_s = arguments.epochs * count, 0, []
+    out["replay_ms"] = {f"{each.name} {each.seed}": timed(each) for each in runners} if device.type == "cuda" else {}
+    print(json.dumps({key: out[key] for key in ("ready_s", "replay_ms")}), flush=True)
+    history: dict[str, list[Any]] = {f"{each.name} {each.seed}": [] for each in runners}
+    for epoch in range(arguments.epochs):
+        start = time.perf_counter()
+        sums = {id(each): torch.zeros_like(each.losses) for each in runners}
+        for _ in range(count):
+            rate = learning_rate_factor(step, steps, warmup=0.05)
+            with torch.no_grad():
+                for each in given.values():
+                    each.next(step)
+            for runner in runners:
+                runner.step(rate)
+            for runner in runners:  # the batches' memory is written again only when all have read it
+                if runner.stream is not None:
+                    torch.cuda.default_stream().wait_stream(runner.stream)
+                sums[id(runner)] += runner.losses
+            step += 1
+        for runner in runners:
+            found = (sums[id(runner)] / count).tolist()
+            history[f"{runner.name} {runner.seed}"].append([round(value, 4) for value in found])
+        epoch_s.append(round(time.perf_counter() - start, 1))
+        out |= {"epoch_s": epoch_s, "history": history}
+        print(f"epoch {epoch + 1}: {epoch_s[-1]} s", {k: v[-1] for k, v in history.items()}, flush=True)
+        write(out, arguments.out / "train.json")
+    for runner in runners:
+        found = {"accuracy": runner.accuracy(*test)}
+        out["rows"].setdefault(runner.name, {})[str(runner.seed)] = found
+        print(runner.name, runner.seed, found, flush=True)
+    keep(runners, arguments.out)
+    out["seconds"] = round(time.perf_counter() - begin, 1)
+    write(out, arguments.out / "train.json")
+
+
+def timed(runner: Runner, repeats: int = 10) -> float:
+    """Milliseconds of a forward and backward pass alone; the norms' statistics are put back."""
+    before = copy.deepcopy(runner.model.state_dict())
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    with torch.cuda.stream(runner.stream):
+        for _ in range(repeats):
+            runner.graph.replay()  # type: ignore[union-attr]
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - begin) / repeats
+    runner.model.load_state_dict(before)
+    torch.cuda.synchronize()
+    return round(1000 * seconds, 3)
+
+
+def keep(runners: list[Runner], folder: Path) -> None:
+    """Trained weights, a file per row for all of its seeds."""
+    for name in {runner.name for runner in runners}:
+        states = {r.seed: {k: v.cpu() for k, v in r.model.state_dict().items()} for r in runners if r.name == name}
+        torch.save(states, folder / f"{name.replace(' ', '-').replace(',', '')}.pt")
+
+
+def card(device: torch.device) -> dict[str, Any]:
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+
+
+def schedule(arguments: argparse.Namespace) -> dict[str, Any]:
+    keys = ("epochs", "images", "batch", "lr", "gate_lr", "efficiency", "distill", "temperature", "test_images")
+    return {key: getattr(arguments, key) for key in keys}
+
+
+# -- finish --------------------------------------------------------------------------------------------
+
+
+def finish(arguments: argparse.Namespace) -> None:
+    """From the trained weights: accuracy, executed MACs, their spread, and asking the original where unsure."""
+    trained = json.loads((arguments.work / "train.json").read_text())
+    out = arguments.out or RESULTS / "cifar_resnet56_gpu.json"
+    setting = Setting(arguments, seed=0)
+    result = json.loads(out.read_text()) if out.exists() else {"what": __doc__.split("\n")[0], "rows": {}}
+    result |= {key: trained[key] for key in ("schedule", "device", "torch", "date", "epoch_s", "replay_ms")}
+    result["on_the_gpu"], result["losses"] = trained["rows"], trained["history"]
+    for name in ROWS:
+        file = arguments.work / f"{name.replace(' ', '-').replace(',', '')}.pt"
+        if not file.exists():
+            continue
+        for seed, state in torch.load(file, weights_only=True).items():
+            done = result["rows"].setdefault(name, {})
+            if str(seed) in done:
+                continue
+            model = load(arguments, name)
+            model.load_state_dict(state)
+            model.eval()
+            start = json.loads((arguments.work / name.split(",")[0].replace(" ", "-") / "start.json").read_text())
+            row: dict[str, Any] = {"start": start, "end": measure(model, setting)}
+            if any(isinstance(each, redconvert.DynamicConv2d) for each in model.modules()):
+                row["spread"] = spread(model, setting)
+                row["asking_again"] = asking_again(model, *setting.held_out, TOTALS, setting.original)
+            done[str(seed)] = row
+            result["summary"] = summary(result["rows"])
+            write(result, out)
+            print(name, seed, row["end"], flush=True)
+    asked = {
+        name: blended(rows) for name, rows in result["rows"].items() if "asking_again" in next(iter(rows.values()))
+    }
+    write(result | {"asking_summary": asked, "finished_on": environment(0)}, out)
+
+
+def blended(rows: dict[str, Any]) -> dict[str, Any]:
+    """Mean and spread over seeds of asking again with both answers blended, by total budget."""
+    found = {}
+    for total in {total for row in rows.values() for total in row["asking_again"] if total != "alone"}:
+        each = [row["asking_again"][total] for row in rows.values() if total in row["asking_again"]]
+        right = [one["blended"] for one in each]
+        found[total] = {
+            "accuracy": round(statistics.mean(right), 4),
+            "std": round(statistics.stdev(right), 4) if len(right) > 1 else None,
+            "share_of_dense_macs": round(statistics.mean(one["share_of_dense_macs"] for one in each), 4),
+            "seeds": len(each),
+        }
+    return dict(sorted(found.items()))
+
+
+# -- all of it -----------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stage", choices=["prepare", "train", "finish"])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="train: a folder; finish: a JSON file")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.03)
+    parser.add_argument("--gate-lr", type=float, default=0.01)
+    parser.add_argument("--efficiency", type=float, default=20.0)
+    parser.add_argument("--distill", type=float, default=0.9, help="the teacher's share of the loss")
+    parser.add_argument("--temperature", type=float, default=4.0)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--quick-images", type=int, default=2000)
+    parser.add_argument("--cost-images", type=int, default=1000)
+    arguments = parser.parse_args()
+    arguments.network = "resnet56"
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    {"prepare": prepare, "train": train, "finish": finish}[arguments.stage](arguments)
+
+
+if __name__ == "__main__":
+    main()
