@@ -210,9 +210,9 @@ class Runner:
     @torch.no_grad()
     def accuracy(self, pixels: Tensor, labels: Tensor) -> float:
         """Of right answers in inference, decisions followed."""
+        torch.backends.cudnn.allow_tf32 = False
         self.model.eval()
         answers = torch.cat([self.model(x).argmax(1) for x in pixels.split(1000)])
-        self.model.train()
         return float((answers == labels).double().mean())
 
 
@@ -277,7 +277,7 @@ def train(arguments: argparse.Namespace) -> None:
         found = {"accuracy": runner.accuracy(*test)}
         out["rows"].setdefault(runner.name, {})[str(runner.seed)] = found
         print(runner.name, runner.seed, found, flush=True)
-    keep(runners, arguments.out)
+    keep(runners, loaded, arguments.out)
     out["seconds"] = round(time.perf_counter() - begin, 1)
     write(out, arguments.out / "train.json")
 
@@ -297,11 +297,15 @@ def timed(runner: Runner, repeats: int = 10) -> float:
     return round(1000 * seconds, 3)
 
 
-def keep(runners: list[Runner], folder: Path) -> None:
-    """Trained weights, a file per row for all of its seeds."""
-    for name in {runner.name for runner in runners}:
-        states = {r.seed: {k: v.cpu() for k, v in r.model.state_dict().items()} for r in runners if r.name == name}
-        torch.save(states, folder / f"{name.replace(' ', '-').replace(',', '')}.pt")
+def keep(runners: list[Runner], loaded: dict[str, nn.Module], folder: Path) -> None:
+    """What training changed of the dynamic networks: the others are done with, and files small."""
+    found: dict[str, dict[int, Any]] = {}
+    for runner in (each for each in runners if each.dynamic):
+        before = loaded[runner.name.split(",")[0]].state_dict()
+        now = {key: value.cpu() for key, value in runner.model.state_dict().items()}
+        changed = {key: value for key, value in now.items() if not torch.equal(value, before[key])}
+        found.setdefault(runner.name, {})[runner.seed] = changed
+    torch.save(found, folder / "trained.pt")
 
 
 def card(device: torch.device) -> dict[str, Any]:
@@ -324,30 +328,32 @@ def finish(arguments: argparse.Namespace) -> None:
     result = json.loads(out.read_text()) if out.exists() else {"what": __doc__.split("\n")[0], "rows": {}}
     result |= {key: trained[key] for key in ("schedule", "device", "torch", "date", "epoch_s", "replay_ms")}
     result["on_the_gpu"], result["losses"] = trained["rows"], trained["history"]
-    for name in ROWS:
-        file = arguments.work / f"{name.replace(' ', '-').replace(',', '')}.pt"
-        if not file.exists():
-            continue
-        for seed, state in torch.load(file, weights_only=True).items():
+    states = torch.load(arguments.work / "trained.pt", weights_only=True)
+    for name, seeds in trained["rows"].items():
+        start = json.loads((arguments.work / name.split(",")[0].replace(" ", "-") / "start.json").read_text())
+        for seed, found in seeds.items():
             done = result["rows"].setdefault(name, {})
-            if str(seed) in done:
+            if seed in done or "failed" in found:
                 continue
-            model = load(arguments, name)
-            model.load_state_dict(state)
-            model.eval()
-            start = json.loads((arguments.work / name.split(",")[0].replace(" ", "-") / "start.json").read_text())
-            row: dict[str, Any] = {"start": start, "end": measure(model, setting)}
-            if any(isinstance(each, redconvert.DynamicConv2d) for each in model.modules()):
-                row["spread"] = spread(model, setting)
-                row["asking_again"] = asking_again(model, *setting.held_out, TOTALS, setting.original)
-            done[str(seed)] = row
+            state = states.get(name, {}).get(int(seed))
+            end = {"accuracy": found["accuracy"], "share_of_dense_macs": start["share_of_dense_macs"]}
+            done[seed] = {"start": start, "end": end} | (look(arguments, setting, name, state) if state else {})
             result["summary"] = summary(result["rows"])
             write(result, out)
-            print(name, seed, row["end"], flush=True)
-    asked = {
-        name: blended(rows) for name, rows in result["rows"].items() if "asking_again" in next(iter(rows.values()))
-    }
+            print(name, seed, done[seed]["end"], flush=True)
+    asked = {name: blended(rows) for name, rows in result["rows"].items() if "spread" in rows.get("0", {})}
     write(result | {"asking_summary": asked, "finished_on": environment(0)}, out)
+
+
+def look(arguments: argparse.Namespace, setting: Setting, name: str, state: dict[str, Tensor]) -> dict[str, Any]:
+    """A trained dynamic network on the CPU."""
+    model = load(arguments, name)
+    model.load_state_dict(state, strict=False)
+    return {
+        "end": measure(model.eval(), setting),
+        "spread": spread(model, setting),
+        "asking_again": asking_again(model, *setting.held_out, TOTALS, setting.original),
+    }
 
 
 def blended(rows: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import product
 
@@ -14,18 +13,16 @@ from ..layers import Decision, DynamicConv
 from ..layers.cheap import Pointwise
 from ..layers.gate import processes
 from ..layers.routing import group_samples, sample_rows
+from .regress import FOLDS, best_strength, products, ridge_towards
 from .solve import solve_channels
 from .statistics import ChannelMoments, norm_slope, sum_over_processes
 
-__all__ = ["AbsorbedMoments", "start_absorbed"]
+__all__ = ["AbsorbedMoments", "making_up", "slope_behind", "start_absorbed"]
 
 LARGEST = 3000  # predictors (channels times taps) up to which a regression on patches is worth its memory
 POSITIONS = (64, 512)  # of one sample's output that are read: at least, at most
 LEAST_SLOPE = 0.1  # of the mean: what a norm all but removes need not make up for anything
 ROWS_PER_PREDICTOR = 1  # before fewer rows the start stands
-STRENGTHS = (1000.0, 100.0, 10.0, 1.0)  # of the ridge, tried on samples that were not solved with
-JUDGES = 64  # of the reader's results, by which the strength is chosen
-FOLDS = 2
 
 
 @torch.no_grad()
@@ -78,7 +75,7 @@ class AbsorbedMoments:
         self, layer: DynamicConv, ridge: float, norm: nn.Module | None = None, *, dense: bool = False, seed: int = 0
     ) -> None:
         assert layer.reads_from is not None
-        self.layer, self.ridge, self.slope = layer, ridge, _slope(layer, norm)
+        self.layer, self.ridge, self.slope = layer, ridge, slope_behind(layer, norm)
         self.generator = torch.Generator().manual_seed(seed)
         taps = layer.weight[0, 0].numel()
         sizes = {i: 1 + kept * taps for i, kept in enumerate(layer.reads_from.channels) if i}
@@ -109,11 +106,7 @@ class AbsorbedMoments:
         """
         dense, found = out.chunk(2)
         given, mended = x.chunk(2)[1], found.clone()
-        if added is not None and added.shape == out.shape:
-            before, changed = added.chunk(2)
-            dense_target = dense + (before - changed) / self.slope.to(out.dtype).view(1, -1, *(1,) * (out.dim() - 2))
-        else:
-            dense_target = dense
+        dense_target = making_up(dense, added, self.slope)
         for decision, samples in group_samples(decisions).items():
             if decision.source not in self.sums or decision.blend:
                 continue
@@ -172,12 +165,7 @@ class AbsorbedMoments:
         frames, samples = self.layer.frames_per_sample, len(x) // self.layer.frames_per_sample
         fold = (self.samples + torch.arange(samples, device=x.device)).repeat_interleave(frames) % FOLDS
         self.samples += samples
-        joint = torch.cat([targets, torch.ones_like(patches[:, :1]), patches], dim=1)
-        found = []
-        for each in range(FOLDS):
-            rows = joint[fold == each].transpose(0, 1).flatten(1)
-            found.append((rows @ rows[targets.shape[1] :].T).double())
-        return torch.stack(found)
+        return products(targets, patches, fold)
 
     def _positions(self, index: int, y: Tensor) -> int:
         """How many: products of patches are to cost no more than the convolution."""
@@ -193,62 +181,13 @@ class AbsorbedMoments:
             return
         assert layer.reads_from is not None
         if index not in self.strength:
-            self.strength[index] = self._strength(index)
-        solution = _ridge(self.sums[index].sum(0), start, self.strength[index])
+            self.strength[index] = best_strength(self.sums[index], start, self.ridge)
+        solution = ridge_towards(start, self.sums[index].sum(0), self.strength[index])
         if torch.isfinite(solution).all():
             own = layer.recipe.weight(layer).double().index_select(1, layer.reads_from.kept(index))
             bias = 0 if layer.bias is None else layer.bias.double()
             _set(layer, index, solution[:, 1:].view_as(own) - own, solution[:, 0] - bias)
             self.solved[index] = count
-
-    def _strength(self, index: int) -> float:
-        """The ridge with which each fold's solution errs least on the other fold; infinite: the start errs less.
-
-        From the strongest on, as long as a weaker one does better; on some of the results, which say as much as all.
-        """
-        size, outputs = self.start[index].shape[1], self.layer.out_channels
-        judges = torch.linspace(0, outputs - 1, min(JUDGES, outputs), device=self.layer.weight.device).long()
-        rows = torch.cat([judges, torch.arange(outputs, outputs + size, device=judges.device)])
-        folds, start = self.sums[index][:, rows].float(), self.start[index][judges].float()
-        if not self.ridge or (folds[:, len(judges), 0] == 0).any():
-            return self.ridge
-        best, least = math.inf, sum(_error(fold, start) for fold in folds)
-        for strength in (self.ridge * times for times in STRENGTHS):
-            solutions = [_ridge(fold, start, strength) for fold in folds]
-            error = sum(_error(fold, other) for fold, other in zip(folds, reversed(solutions), strict=True))
-            if not error < least:  # nor where it is NaN
-                break
-            best, least = strength, error
-        return best
-
-
-def _ridge(sums: Tensor, start: Tensor, strength: float) -> Tensor:
-    """The solution ``(C_out, P)`` of the normal equations in ``sums (C_out + P, P)``, pulled towards ``start``.
-
-    The first predictor is the constant, which is not pulled. NaN where the equations have no solution.
-    """
-    if math.isinf(strength):
-        return start
-    across, within = _averages(sums)
-    damping = (strength * within.diagonal()[1:].mean()).expand(len(within)).clone()
-    damping[0] = torch.finfo(torch.float32).tiny
-    factor, failed = torch.linalg.cholesky_ex(within + damping.diag())
-    if failed:
-        return torch.full_like(start, math.nan)
-    return torch.cholesky_solve((across + start * damping).T, factor).T
-
-
-def _averages(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean products of targets with the P predictors ``(C_out, P)``, and of those with each other ``(P, P)``."""
-    across, within = sums.tensor_split([len(sums) - sums.shape[1]])
-    count = within[0, 0]  # of the constant with itself
-    return across / count, within / count
-
-
-def _error(sums: Tensor, solution: Tensor) -> float:
-    """Of what ``sums`` was taken of: its mean squared error, less a constant."""
-    across, within = _averages(sums)
-    return float(((solution @ within - 2 * across) * solution).sum())
 
 
 @torch.no_grad()
@@ -258,7 +197,21 @@ def _set(reader: DynamicConv, index: int, correction: Tensor, shift: Tensor) -> 
     reader.cheap_in.biases[index - 1].copy_(shift)
 
 
-def _slope(layer: DynamicConv, norm: nn.Module | None) -> Tensor:
+def making_up(dense: Tensor, added: Tensor | None, slope: Tensor) -> Tensor:
+    """What a layer is to give: its dense result, and what the reduced network has changed of that which is added to it.
+
+    Args:
+        dense: ``(N, C, ...)``.
+        added: of both streams, ``(2N, C, ...)``; None where nothing is, or nobody knows.
+        slope: what the norm between multiplies each channel by, ``(C)``.
+    """
+    if added is None or added.shape != (2 * len(dense), *dense.shape[1:]):
+        return dense
+    before, changed = added.chunk(2)
+    return dense + (before - changed) / slope.to(dense.dtype).view(1, -1, *(1,) * (dense.dim() - 2))
+
+
+def slope_behind(layer: DynamicConv, norm: nn.Module | None) -> Tensor:
     """What a batch norm multiplies each channel by; nearly none of it is taken for LEAST_SLOPE of the others'."""
     slope = norm_slope(layer, norm)
     least = LEAST_SLOPE * slope.abs().mean()

@@ -23,6 +23,7 @@ from ..progress import Step, progress_bar
 from .absorb import AbsorbedMoments, start_absorbed
 from .match import MatchedVariance
 from .metric import AnswerMetric
+from .mixtures import MixtureMoments
 from .reduced import ROWS_PER_CHANNEL, ReducedMoments
 from .result import CalibratedLayer, Calibration
 from .select import greedy_order, greedy_sources
@@ -58,15 +59,17 @@ def calibrate(
     regression shrinks what it predicts. So a last pass runs the network twice side by side, dense and with every
     layer at the candidate, and gives the rebuilt channels back the mean and variance of the dense network's, which
     the norms behind expect. Rounds before it regress the dense result on what the reduced network computes: errors
-    are mended where they arise instead of adding up.
+    are mended where they arise instead of adding up. So are those of mixtures of filters (``cheap="principal"``) and of
+    weights that absorb channels, always, where gates decide.
 
     Args:
         dynamic: what `redconvert.convert` returned; torch.compile and DistributedDataParallel around it are left out.
         batches: unlabelled; an iterable that can be read ``1 + rounds`` times per candidate (a list, a
             DataLoader), or one batch. Under ``torch.distributed`` each process reads its own, as many as it has, and
             moments are summed: all processes end with the same numbers.
-        rounds: of that correction. Worth it where nothing is matched or where gates decide; with every layer reduced
-            and matched they gained nothing on ResNet-56. 0 with ``match=False`` reads the batches once.
+        rounds: of that correction. Worth it where nothing is matched or gates decide, and for mixtures of filters; else,
+            with every layer reduced and matched, they gained nothing on ResNet-56. 0 with ``match=False`` reads the
+            batches once.
         match: whether, at the end, mean and variance are matched, and weights that absorb channels are solved for on
             patches of what the reduced network computes.
         decisions: what the reduced network computes in rounds and matching. "candidates": every layer at the same
@@ -102,9 +105,9 @@ def calibrate(
     run = _Run(dynamic, layers, batches, ridge, importance)
     reductions = run.candidates() if decisions == "candidates" else [GATES]
     matched = [reduced for reduced in reductions if match and reduced[0] != 0]
-    absorbed = _absorbing(matched, rounds) if run.readers else []
+    mended = _mending([each for each in reductions if each[0] != 0], rounds, match, run)
     streams = [matched[i : i + STREAMS] for i in range(0, len(matched), STREAMS)]
-    passes = (decisions == "candidates") + rounds * len(reductions) + len(absorbed) + len(streams)
+    passes = (decisions == "candidates") + rounds * len(reductions) + len(mended) + len(streams)
     with (
         measuring(dynamic),
         undone_on_error(part for layer in layers.values() for part in layer.added_modules()),
@@ -114,8 +117,8 @@ def calibrate(
         for reduced in rounds * reductions:
             found = run.regress(reduced)
             explained = found if decisions == "gates" else explained
-        for each in absorbed:
-            run.absorb(each)
+        for each in mended:
+            run.mend(each)
         for together in streams:
             run.match(together)
     nothing = {layer: run.unknown(layer) for layer in layers.values()}
@@ -145,8 +148,10 @@ class _Run:
         modules, facts = dict(model.named_modules()), trace(model).facts
         norms = {layer: facts[name].norm if name in facts else None for name, layer in layers.items()}
         self.norms = {layer: modules.get(norm or "") for layer, norm in norms.items()}
+        self.mixing = [layer for layer in layers.values() if layer.rebuilds and layer.cheap_c.is_principal]  # type: ignore[union-attr]
         shortcuts = {layer: facts[name].shortcut if name in facts else None for name, layer in layers.items()}
-        self.shortcuts = {reader: modules.get(shortcuts[reader] or "") for reader in self.readers.values()}
+        changing = [*self.readers.values(), *self.mixing]
+        self.shortcuts = {layer: modules.get(shortcuts[layer] or "") for layer in changing}
         # What a unit of variance of each channel is worth behind the norm that follows: weight^2 / variance.
         # Summed, since running statistics drift apart in data-parallel training, and the choice must be the same.
         self.importance = {
@@ -260,7 +265,7 @@ class _Run:
         explained = {}
         for layer, moments in found.items():
             channels, frames = (list(each) for each in self.unknown(layer))
-            for i, by_channel in moments.channels.items():
+            for i, by_channel in () if layer in self.mixing else moments.channels.items():  # those are mended
                 if by_channel.count > least * len(by_channel.sum_x):
                     channels[i - 1] = self._solve_channels(layer, i, by_channel)
             for j, by_frame in moments.frames.items():
@@ -269,12 +274,18 @@ class _Run:
             explained[layer] = tuple(channels), tuple(frames)
         return explained
 
-    def absorb(self, reduced: Reduced | None) -> None:
-        """Solve for the weights of readers: of the dense network, or each behind those that are mended."""
-        found = {
+    def mend(self, reduced: Reduced | None) -> None:
+        """Solve for the weights of readers and for mixtures of filters: each behind those that are mended.
+
+        None: for readers, of the dense network.
+        """
+        found: dict[DynamicConv, AbsorbedMoments | MixtureMoments] = {
             reader: AbsorbedMoments(reader, self.ridge, self.norms[reader], dense=reduced is None)
             for reader in self.readers.values()
         }
+        if reduced is not None:
+            mixing = (layer for layer in self.mixing if layer not in found)
+            found |= {layer: MixtureMoments(layer, self.ridge, self.norms[layer]) for layer in mixing}
         heads, inputs = set(self.shortcuts.values()), dict[Any, Tensor]()
 
         def mend(layer: DynamicConv, x: Tensor, out: Tensor, decisions: list[Decision]) -> Tensor | None:
@@ -284,7 +295,7 @@ class _Run:
                 return None
             if reduced is not None:
                 return found[layer].mend(x, out, decisions, inputs.pop(self.shortcuts[layer], None))
-            found[layer].add_dense(x, out)
+            found[layer].add_dense(x, out)  # type: ignore[union-attr]
             return None
 
         self._pass(mend, [] if reduced is None else [reduced], differentiating=False)
@@ -369,15 +380,16 @@ class _Run:
                 )
 
 
-def _absorbing(matched: list[Reduced], rounds: int) -> list[Reduced | None]:
-    """The passes that solve for readers: of the dense network first, unless gates decide what is reduced.
+def _mending(reductions: list[Reduced], rounds: int, match: bool, run: _Run) -> list[Reduced | None]:
+    """The passes that solve for readers and mixtures: of the dense network first, unless gates decide what is reduced.
 
     Where a budget will reduce some layers alone, that is what the others will see; with every layer reduced it is not,
     which is what rounds are for.
     """
-    if not matched or matched == [GATES]:
-        return [*matched]
-    return [None, *(matched if rounds else [])]
+    absorbs, gated = bool(run.readers) and match, reductions == [GATES]
+    if not reductions or not (absorbs or (run.mixing and (match or rounds))):
+        return []
+    return [*([None] if absorbs and not gated else []), *(reductions if gated or rounds else [])]
 
 
 def _share(left: Tensor, total: Tensor) -> float:

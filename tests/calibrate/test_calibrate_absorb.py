@@ -159,7 +159,7 @@ def test_sums_of_smaller_candidates_are_part_of_the_largest_ones(dims):
 
 def test_the_strength_is_the_best_of_all():
     """The search from the strongest ridge on stops where trying every one would find the least error."""
-    module = sys.modules["redconvert.calibrate.absorb"]
+    module = sys.modules["redconvert.calibrate.regress"]
     for seed, noise in ((0, 0.0), (1, 0.3), (2, 3.0), (3, 30.0)):
         torch.manual_seed(seed)
         dynamic = converted(network(source=24, padding=1), torch.randn(2, 3, 6, 6))
@@ -172,9 +172,9 @@ def test_the_strength_is_the_best_of_all():
         folds, start = moments.sums[1].float(), moments.start[1].float()
         errors = {torch.inf: sum(module._error(fold, start) for fold in folds)}
         for times in module.STRENGTHS:
-            each = [module._ridge(fold, start, 1e-3 * times) for fold in folds]
+            each = [module.ridge_towards(start, fold, 1e-3 * times) for fold in folds]
             errors[1e-3 * times] = module._error(folds[0], each[1]) + module._error(folds[1], each[0])
-        assert moments._strength(1) == min(errors, key=errors.get)
+        assert module.best_strength(moments.sums[1], moments.start[1], 1e-3) == min(errors, key=errors.get)
 
 
 def test_open_gates_stay_exact():
@@ -240,6 +240,7 @@ def test_few_samples_do_no_harm(monkeypatch):
             return float((dynamic[0](others) - wanted).square().mean() / wanted.var())
 
     start, chosen = error(match=False), error(match=True)
-    monkeypatch.setattr(AbsorbedMoments, "_strength", lambda self, index: self.ridge)
+    module = sys.modules["redconvert.calibrate.absorb"]
+    monkeypatch.setattr(module, "best_strength", lambda sums, start, least: least)
     assert chosen < 1.02 * start
     assert error(match=True) > 1.2 * start

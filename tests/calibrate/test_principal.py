@@ -10,7 +10,8 @@ from torch import nn
 
 import redconvert
 from redconvert import ConvertConfig, RedconvertError
-from redconvert.layers import dynamic_layers
+from redconvert.calibrate.mixtures import MixtureMoments
+from redconvert.layers import Decision, dynamic_layers
 from redconvert.layers.cheap import Pointwise, Principal
 
 CHANNELS = 12
@@ -218,3 +219,73 @@ def test_refusals():
     with pytest.raises(RedconvertError, match=r"cheap='principal' needs gate='hard'"):
         ConvertConfig(cheap="principal", gate="soft")
     assert issubclass(Principal, Pointwise)
+
+
+# -- behind layers that are reduced --------------------------------------------------------------------
+
+
+def test_mixtures_make_up_for_changed_inputs():
+    """``mix G`` with the least squares of the dense result on what all filters give of the changed input."""
+    torch.manual_seed(0)
+    dynamic, _, _ = converted()
+    layer = dynamic_layers(dynamic)["3"].double()
+    layer.cheap_c.set_order(torch.randperm(16))
+    op = layer.cheap_c.op(1)
+    mix, shift = op.mix.clone(), op.shift.clone()
+    given = torch.randn(40, 16, 9, 9, dtype=torch.float64)
+    changed = given + 0.3 * torch.randn_like(given) + 0.2 * given.roll(1, dims=1)
+    moments = MixtureMoments(layer, 1e-9)
+    with torch.no_grad():
+        dense, found = (nn.Conv2d.forward(layer, each) for each in (given, changed))
+        with redconvert.forced(layer, channel=1):
+            reduced = layer(changed)
+        both = torch.cat([given, changed]), torch.cat([dense, reduced])
+        mended = moments.mend(*both, [Decision(1, 0)] * 40)
+    assert torch.equal(mended[:40], dense)
+    moments.apply()
+    rows = [each.transpose(0, 1).flatten(1)[layer.cheap_c.order] for each in (found, dense)]
+    predictors = torch.cat([torch.ones_like(rows[0][:1]), rows[0]])
+    G = torch.linalg.lstsq(predictors.T, rows[1].T).solution.T
+    torch.testing.assert_close(op.mix, mix @ G[:, 1:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(op.shift, shift + mix @ G[:, 0], atol=1e-4, rtol=1e-4)
+    with torch.no_grad(), redconvert.forced(layer, channel=1):
+        assert (layer(changed) - dense).square().mean() < 0.95 * (reduced - dense).square().mean()
+
+
+def test_unchanged_inputs_change_nothing():
+    torch.manual_seed(0)
+    dynamic, _, _ = converted()
+    layer = dynamic_layers(dynamic)["3"]
+    op, x = layer.cheap_c.op(1), torch.randn(20, 16, 9, 9)
+    mix, moments = op.mix.clone(), MixtureMoments(layer, 1e-3)
+    with torch.no_grad():
+        out = layer(x)
+    moments.mend(torch.cat([x, x]), torch.cat([out, out]), [Decision(1, 0)] * 20)
+    moments.apply()
+    torch.testing.assert_close(op.mix, mix, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("match", [True, False])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_rounds_bring_the_last_layer_nearer(dims, match):
+    """On inputs of the same kind; pooling, which averages errors away, is left out."""
+    apart = {}
+    for rounds in (0, 1):
+        dynamic, model, x = converted(dims)
+        others = torch.randn(64, *x.shape[1:], generator=torch.Generator().manual_seed(1))
+        redconvert.calibrate(dynamic, [x[::2], x[1::2]], rounds=rounds, match=match)
+        with torch.no_grad(), redconvert.forced(dynamic, channel=1):
+            apart[rounds] = float((dynamic[:-2](others) - model[:-2](others)).square().mean())
+    assert apart[1] < 0.99 * apart[0]
+
+
+def test_what_gates_do_not_take_stays_as_it_is():
+    dynamic, _, x = converted(shares=(0.75, 0.5))
+    layers = list(dynamic_layers(dynamic).values())
+    before = [[op.mix.clone() for op in layer.cheap_c.ops] for layer in layers]
+    for layer in layers:
+        layer.gate.thresholds("channel").copy_(torch.tensor([50.0, -50.0, -50.0]))
+    redconvert.calibrate(dynamic, [x], decisions="gates")
+    for layer, (_, other) in zip(layers, before, strict=True):
+        assert torch.equal(layer.cheap_c.op(2).mix, other)
+    assert not torch.equal(layers[1].cheap_c.op(1).mix, before[1][0])
