@@ -17,7 +17,7 @@ import copy
 import json
 import statistics
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,12 @@ from cifar_resnet56 import TOTALS, Setting, absorbed, dynamic, measure, spread, 
 from common import RESULTS, environment, write
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import groups_of
+from training import Replayed, groups_of, is_dynamic
 
 import redconvert
 from redconvert.cost.measure import static_macs
 from redconvert.finetune.parameters import build_optimizer, learning_rate_factor
 
-WARM_UP = 3  # passes before a graph is captured, as PyTorch's documentation asks for
 CLIP = 5.0  # of the gradient's norm
 MIXTURES = {"cheap": "principal", "shares": (0.75, 0.5, 0.25)}
 
@@ -76,7 +75,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         torch.manual_seed(0)
         model = start(setting).model
         found = measure(model, setting, arguments.quick_images)
-        if any(isinstance(each, redconvert.DynamicConv2d) for each in model.modules()):
+        if is_dynamic(model):
             redconvert.save_pretrained(model, folder)
         else:
             folder.mkdir(parents=True)
@@ -138,7 +137,7 @@ class Runner:
         self.distill, self.learns = row.get("distill", arguments.distill), row.get("learns", False)
         device = given.x.device
         self.model = model.to(device, memory_format=torch.channels_last).train()
-        self.dynamic = any(isinstance(each, redconvert.DynamicConv2d) for each in model.modules())
+        self.dynamic = is_dynamic(model)
         self.efficiency = None
         if self.learns:
             static = static_macs(self.model, given.x[:1])
@@ -147,9 +146,10 @@ class Runner:
         self.optimizer = build_optimizer("sgd", groups_of(self.model, lr, arguments.gate_lr))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
-        self.seen: list[Tensor] = []
         self.losses = torch.zeros(2, device=device)  # the task's, and the costs' mean
-        self.graph = self._captured() if self.stream is not None else None
+        self.graph: Replayed | None = None
+        if self.stream is not None:
+            self.graph = Replayed(self._passes, self.model, self.optimizer, self.stream, rests=not self.learns)
 
     def step(self, rate: float) -> None:
         """Replay the passes, clip, update; nothing waits for the device."""
@@ -157,47 +157,21 @@ class Runner:
             if self.stream is not None:
                 self.stream.wait_stream(torch.cuda.default_stream())
             if self.graph is not None:
-                self.graph.replay()
+                self.graph()
             else:
                 self.optimizer.zero_grad(set_to_none=True)
-                with self._running():
+                rests = self.dynamic and not self.learns
+                with redconvert.resting_gates(self.model) if rests else nullcontext():
                     self._passes()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP, foreach=True)
             for group, initial in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = initial * rate
             self.optimizer.step()
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """The passes, after a warm-up on the same stream; what the warm-up did to the norms' statistics is undone."""
-        before = copy.deepcopy(self.model.state_dict())
-        assert self.stream is not None
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with self._running():
-            with torch.cuda.stream(self.stream):
-                for _ in range(WARM_UP):
-                    self.optimizer.zero_grad(set_to_none=True)
-                    self._passes()
-            torch.cuda.synchronize()
-            self.optimizer.zero_grad(set_to_none=True)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
-                self._passes()
-        self.model.load_state_dict(before)
-        torch.cuda.synchronize()
-        return graph
-
-    def _running(self) -> AbstractContextManager[Any]:
-        """Static shapes; gates that a budget has settled rest."""
-        stack = ExitStack()
-        if self.dynamic:
-            stack.enter_context(redconvert.capturable(self.model))
-            stack.enter_context(nullcontext() if self.learns else redconvert.resting_gates(self.model))
-        return stack
-
     def _passes(self) -> None:
         """``(1 - d) CE + d t^2 KL(teacher) + weight * L_e``, forward and backward; gradients end in ``.grad``."""
         scores, distill = self.model(self.given.x), self.distill
-        loss = distill * _divergence(scores, self.given.taught, self.arguments.temperature)
+        loss = distill * redconvert.distillation_loss(scores, self.given.taught, self.arguments.temperature)
         if distill < 1:
             loss = loss + (1 - distill) * F.cross_entropy(scores, self.given.y)
         self.losses[0] = loss.detach()
@@ -214,11 +188,6 @@ class Runner:
         self.model.eval()
         answers = torch.cat([self.model(x).argmax(1) for x in pixels.split(1000)])
         return float((answers == labels).double().mean())
-
-
-def _divergence(scores: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """As `redconvert.distillation_loss`."""
-    return redconvert.distillation_loss(scores, wanted, temperature)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -289,7 +258,7 @@ def timed(runner: Runner, repeats: int = 10) -> float:
     begin = time.perf_counter()
     with torch.cuda.stream(runner.stream):
         for _ in range(repeats):
-            runner.graph.replay()  # type: ignore[union-attr]
+            runner.graph()  # type: ignore[misc]
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - begin) / repeats
     runner.model.load_state_dict(before)

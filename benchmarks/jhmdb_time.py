@@ -70,7 +70,7 @@ def main() -> None:
     chosen = torch.linspace(0, len(test) - 1, CLIPS).int().tolist()
     clips = [test[index][0][None].contiguous(memory_format=torch.channels_last_3d) for index in chosen]
     base = zoo.create("i3d_kinetics", num_classes=len(test.classes))
-    base.load_state_dict(torch.load(arguments.work / "base.pt", weights_only=True))
+    base.load_state_dict(torch.load(arguments.work / "base.pt", map_location="cpu", weights_only=True))
     base.eval()
     head = {"what": __doc__.split("\n")[0], "input": list(clips[0].shape), "clips": len(clips), **environment(0)}
     rows: dict[str, Any] = {}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +18,9 @@ import redconvert
 from redconvert.cost.measure import static_macs
 from redconvert.finetune.parameters import build_optimizer, learning_rate_factor
 from redconvert.finetune.run import training_mode
+from redconvert.inputs import device_of, move_to
+
+WARM_UP = 3  # passes before a graph is captured, as PyTorch's documentation asks for
 
 
 def train(
@@ -38,32 +44,43 @@ def train(
 
     ``bfloat16`` is for 2D networks: on a CPU with avx512_bf16, torch 2.15 gives I3D's convolutions infinite gradients.
     ``gate_every``: gates learn in every so many-th step; in between a step costs what they leave to compute. Dropout
-    rests where there is a teacher.
+    rests where there is a teacher. Batches are moved to where the network is; on a GPU all are of the same size, and a
+    CUDA graph runs them where gates learn in every step.
     Returns means per epoch; leaves ``model`` in ``eval()``.
     """
-    efficiency = None
+    efficiency, device = None, device_of(model)
     if weight:
-        static = static_macs(model, next(iter(loader))[0][:1])
+        static = static_macs(model, next(iter(loader))[0][:1].to(device))
         efficiency = redconvert.EfficiencyLoss(model, target=target, static_macs=static)
-    optimizer = build_optimizer("sgd", _groups(model, lr, gate_lr))
+    optimizer = build_optimizer("sgd", groups_of(model, lr, gate_lr))
     rates, steps, step = [group["lr"] for group in optimizer.param_groups], epochs * len(loader), 0
+    captures, graph, held, found = device.type == "cuda" and gate_every == 1, None, [], torch.zeros(2, device=device)
+    loss_of = partial(_losses, model, teacher, distill, temperature, efficiency, weight, bfloat16)
     history = []
     for _ in range(epochs):
         training_mode(model, freeze_norms, dropout=teacher is None)
         rows = []
-        for x, y in loader:
+        for batch in loader:
+            x, y = move_to(batch, device)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate_factor(step, steps, warmup=0.05)
-            with nullcontext() if efficiency is None or step % gate_every == 0 else redconvert.resting_gates(model):
-                row, loss = _losses(model, x, y, teacher, distill, temperature, efficiency, weight, bfloat16)
-                loss.backward()
+            if captures:
+                held = held or [x.clone(), y.clone()]
+                held[0].copy_(x)
+                held[1].copy_(y)
+                graph = graph or Replayed(partial(loss_of, *held, found), model, optimizer)
+                graph()
+            else:
+                optimizer.zero_grad(set_to_none=True)
+                with nullcontext() if efficiency is None or step % gate_every == 0 else redconvert.resting_gates(model):
+                    loss_of(x, y, found)
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            rows.append(row)
+            rows.append(dict(zip(("task", "cost")[: 1 + (efficiency is not None)], found.tolist(), strict=False)))
             step += 1
         history.append({key: statistics.mean(row[key] for row in rows) for key in rows[0]})
     model.eval()
+    optimizer.zero_grad(set_to_none=True)
     if efficiency is not None:
         efficiency.close()
     return history
@@ -71,38 +88,88 @@ def train(
 
 def _losses(
     model: nn.Module,
-    x: Any,
-    y: Any,
     teacher: Any,
     distill: float,
     temperature: float,
     efficiency: Any,
     weight: float,
     bfloat16: bool,
-) -> tuple[dict[str, float], Tensor]:
-    """What is recorded, and what is minimised."""
+    x: Any,
+    y: Any,
+    found: Tensor,
+) -> None:
+    """Forward and backward; what is recorded, the task's loss and the mean cost, goes into ``found``."""
     distill = distill if teacher is not None else 0.0
-    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
         scores = model(x)
         if distill:
             with torch.no_grad():
-                taught = teacher(x.contiguous(memory_format=layout))
-    loss = torch.zeros(())
+                taught = teacher(_fast_layout(x))
+    loss = torch.zeros((), device=x.device)
     if distill < 1:
         loss = loss + (1 - distill) * F.cross_entropy(scores.float(), y)
     if distill:
         loss = loss + distill * redconvert.distillation_loss(scores, taught, temperature)
-    row = {"task": loss.item()}
+    found[0] = loss.detach()
     if efficiency is not None:
         loss = loss + weight * efficiency(scores, taught if distill == 1 else y)
-        row["cost"] = efficiency.costs.mean().item()
-    return row, loss
+        found[1] = efficiency.costs.mean()
+    loss.backward()
 
 
-def _groups(model: nn.Module, lr: float, gate_lr: float) -> list[dict[str, Any]]:
+class Replayed:
+    """Forward and backward passes as a CUDA graph: a call replays them on what their inputs hold then.
+
+    Small kernels keep a GPU waiting for Python, and dynamic layers for the decisions that Python reads; those run in
+    static shapes here (`redconvert.capturable`). Gradients stay in the memory that ``.grad`` has now.
+    """
+
+    def __init__(
+        self,
+        passes: Callable[[], None],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        stream: torch.cuda.Stream | None = None,
+        rests: bool = False,
+    ) -> None:
+        """``rests``: gates do not learn, and where no input changes their decision only that is computed."""
+        before = copy.deepcopy(model.state_dict())
+        stream = stream or torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        self.graph = torch.cuda.CUDAGraph()
+        with ExitStack() as stack:
+            if is_dynamic(model):
+                stack.enter_context(redconvert.capturable(model))
+                stack.enter_context(redconvert.resting_gates(model) if rests else nullcontext())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    optimizer.zero_grad(set_to_none=True)
+                    passes()
+            torch.cuda.synchronize()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(self.graph, stream=stream):
+                passes()
+        model.load_state_dict(before)  # the warm-up moved the norms' statistics
+        torch.cuda.synchronize()
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def is_dynamic(model: nn.Module) -> bool:
+    return any(isinstance(m, redconvert.DynamicConv2d | redconvert.DynamicConv3d) for m in model.modules())
+
+
+def _fast_layout(x: Tensor) -> Tensor:
+    """Channels last on a CPU, whose pools are ten times as fast then."""
+    if x.device.type != "cpu":
+        return x
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def groups_of(model: nn.Module, lr: float, gate_lr: float) -> list[dict[str, Any]]:
     """`redconvert.parameter_groups`, also for a network without gates."""
-    if any(isinstance(m, redconvert.DynamicConv2d | redconvert.DynamicConv3d) for m in model.modules()):
+    if is_dynamic(model):
         return redconvert.parameter_groups(model, lr, gate_lr)
     split = {True: [], False: []}
     for parameter in model.parameters():

@@ -121,11 +121,17 @@ def resize_center_crop(frames: Tensor, size: int, short_side: int | None = None)
     scaled = (round(height * scale), round(width * scale))
     top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     out = torch.empty(3, len(frames), size, size, device=frames.device)
-    for t, frame in enumerate(frames):  # one by one: a long video in float at full size would not fit in memory
-        image = frame.permute(2, 0, 1).float()[None]
-        image = F.interpolate(image, scaled, mode="bilinear", align_corners=False, antialias=True)
-        out[:, t] = image[0, :, top : top + size, left : left + size]
+    together = together_on(frames.device)
+    for t in range(0, len(frames), together):
+        images = frames[t : t + together].permute(0, 3, 1, 2).float()
+        images = F.interpolate(images, scaled, mode="bilinear", align_corners=False, antialias=True)
+        out[:, t : t + together] = images[..., top : top + size, left : left + size].transpose(0, 1)
     return out
+
+
+def together_on(device: torch.device) -> int:
+    """How many frames are scaled in one go. A whole video in float may not fit in memory; one fits in a CPU's cache."""
+    return 1 if device.type == "cpu" else 16
 
 
 def to_clip(

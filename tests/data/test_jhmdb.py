@@ -159,6 +159,16 @@ def test_works_in_workers_and_through_pickle(root: Path, cache: bool) -> None:
     assert torch.equal(again[0][0], expected)
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_clips_are_made_where_they_are_asked_for(root: Path, cache: bool) -> None:
+    videos = small(root, cache=cache, device="meta")  # what is computed there has a shape alone
+    assert videos[0][0].is_meta and videos[0][0].shape == (3, 4, 8, 8)
+    assert videos.views(2, 3)[0][0].is_meta and videos.views(2, 3)[0][0].shape == (6, 3, 4, 8, 8)
+    assert not videos.frames(0).is_meta
+    batch, labels = next(iter(DataLoader(videos, batch_size=3)))
+    assert batch.is_meta and labels.tolist() == [0, 0, 1]
+
+
 def test_cache_decodes_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
 

@@ -153,6 +153,15 @@ def test_tall_video() -> None:
     assert torch.equal(resize_center_crop(frames, 20)[:, 0], frames[0, 15:35].permute(2, 0, 1).float())
 
 
+def test_other_devices_scale_several_frames_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = torch.randint(0, 256, (7, 20, 30, 3), dtype=torch.uint8)
+    assert resize_center_crop(frames.to("meta"), 12, 16).shape == (3, 7, 12, 12)
+    monkeypatch.setattr("redconvert.data.video.together_on", lambda device: 3)
+    several = resize_center_crop(frames, 12, 16)
+    monkeypatch.undo()
+    assert torch.equal(several, resize_center_crop(frames, 12, 16))
+
+
 def test_to_clip_normalises() -> None:
     frames = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 8, 8, 3)
     assert to_clip(frames, 8)[:, :, 0, 0].tolist() == [[-1.0, 1.0]] * 3
