@@ -102,7 +102,7 @@ class Batches:
     def __init__(self, pixels: Tensor, labels: Tensor, teacher: nn.Module, arguments: argparse.Namespace, seed: int):
         self.pixels, self.labels, self.teacher, self.size = pixels, labels, teacher, arguments.batch
         self.generator = torch.Generator(pixels.device).manual_seed(seed)
-        self.x = pixels[: self.size].contiguous(memory_format=torch.channels_last)
+        self.x = pixels[: self.size].clone(memory_format=torch.channels_last)
         self.y, self.taught = labels[: self.size].clone(), teacher(self.x)
         self.order = torch.empty(0)
 
@@ -206,7 +206,7 @@ def train(arguments: argparse.Namespace) -> None:
     loaded: dict[str, nn.Module] = {}
     for seed in seeds:  # the first seed of every row before the second of any
         for name in arguments.rows:
-            if seed in ROWS[name]["seeds"]:
+            if seed in ROWS[name]["seeds"] and (seed == seeds[0] or name in arguments.repeated):
                 try:
                     start = name.split(",")[0]
                     loaded[start] = loaded.get(start) or load(arguments, name)
@@ -216,23 +216,20 @@ def train(arguments: argparse.Namespace) -> None:
                     print(f"{name} {seed}: {error}", flush=True)
     out["ready_s"] = round(time.perf_counter() - begin, 1)
     count = len(pixels) // arguments.batch
-    steps, step, epoch_s = arguments.epochs * count, 0, []
     out["replay_ms"] = {f"{each.name} {each.seed}": timed(each) for each in runners} if device.type == "cuda" else {}
-    print(json.dumps({key: out[key] for key in ("ready_s", "replay_ms")}), flush=True)
+    if arguments.seconds:
+        step_s = trial(runners, list(given.values()))
+        arguments.epochs = max(1, int(arguments.seconds / (step_s * count)))
+        out |= {"schedule": schedule(arguments), "trial_step_s": round(step_s, 4)}
+    steps, step, epoch_s = arguments.epochs * count, 0, []
+    print(json.dumps({key: out[key] for key in ("ready_s", "replay_ms", "schedule")}), flush=True)
     history: dict[str, list[Any]] = {f"{each.name} {each.seed}": [] for each in runners}
     for epoch in range(arguments.epochs):
         start = time.perf_counter()
         sums = {id(each): torch.zeros_like(each.losses) for each in runners}
         for _ in range(count):
-            rate = learning_rate_factor(step, steps, warmup=0.05)
-            with torch.no_grad():
-                for each in given.values():
-                    each.next(step)
+            side_by_side(runners, list(given.values()), step, learning_rate_factor(step, steps, warmup=0.05))
             for runner in runners:
-                runner.step(rate)
-            for runner in runners:  # the batches' memory is written again only when all have read it
-                if runner.stream is not None:
-                    torch.cuda.default_stream().wait_stream(runner.stream)
                 sums[id(runner)] += runner.losses
             step += 1
         for runner in runners:
@@ -251,18 +248,52 @@ def train(arguments: argparse.Namespace) -> None:
     write(out, arguments.out / "train.json")
 
 
+def side_by_side(runners: list[Runner], given: list[Batches], step: int, rate: float) -> None:
+    """One step of every row."""
+    with torch.no_grad():
+        for each in given:
+            each.next(step)
+    for runner in runners:
+        runner.step(rate)
+    for runner in runners:  # the batches' memory is written again only when all have read it
+        if runner.stream is not None:
+            torch.cuda.default_stream().wait_stream(runner.stream)
+
+
+def trial(runners: list[Runner], given: list[Batches], steps: int = 20) -> float:
+    """Seconds of a step of all rows, at a rate of 0; the norms' statistics are put back, momenta begin again."""
+    before = [copy.deepcopy(runner.model.state_dict()) for runner in runners]
+    for step in range(2 * steps):
+        if step == steps:
+            synchronize()
+            begin = time.perf_counter()
+        side_by_side(runners, given, step, 0.0)
+    synchronize()
+    seconds = (time.perf_counter() - begin) / steps
+    for runner, state in zip(runners, before, strict=True):
+        runner.model.load_state_dict(state)
+        runner.optimizer.state.clear()
+    synchronize()
+    return seconds
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def timed(runner: Runner, repeats: int = 10) -> float:
     """Milliseconds of a forward and backward pass alone; the norms' statistics are put back."""
     before = copy.deepcopy(runner.model.state_dict())
-    torch.cuda.synchronize()
+    synchronize()
     begin = time.perf_counter()
     with torch.cuda.stream(runner.stream):
         for _ in range(repeats):
             runner.graph()  # type: ignore[misc]
-    torch.cuda.synchronize()
+    synchronize()
     seconds = (time.perf_counter() - begin) / repeats
     runner.model.load_state_dict(before)
-    torch.cuda.synchronize()
+    synchronize()
     return round(1000 * seconds, 3)
 
 
@@ -351,6 +382,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="train: a folder; finish: a JSON file")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seconds", type=float, help="train: as many epochs as fit, by the time of the first steps")
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.03)
@@ -359,6 +391,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--distill", type=float, default=0.9, help="the teacher's share of the loss")
     parser.add_argument("--temperature", type=float, default=4.0)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--repeated", nargs="*", default=list(ROWS), help="rows that run with more than the first seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--quick-images", type=int, default=2000)

@@ -67,9 +67,9 @@ def calibrate(
         batches: unlabelled; an iterable that can be read ``1 + rounds`` times per candidate (a list, a
             DataLoader), or one batch. Under ``torch.distributed`` each process reads its own, as many as it has, and
             moments are summed: all processes end with the same numbers.
-        rounds: of that correction. Worth it where nothing is matched or gates decide, and for mixtures of filters; else,
-            with every layer reduced and matched, they gained nothing on ResNet-56. 0 with ``match=False`` reads the
-            batches once.
+        rounds: of that correction. Worth it where nothing is matched or gates decide, and for mixtures of filters.
+            Else, with every layer reduced and matched, they gained nothing on ResNet-56. 0 with ``match=False`` reads
+            the batches once.
         match: whether, at the end, mean and variance are matched, and weights that absorb channels are solved for on
             patches of what the reduced network computes.
         decisions: what the reduced network computes in rounds and matching. "candidates": every layer at the same

@@ -48,7 +48,11 @@ def masked_means(x: Tensor | Frames, handover: Handover, candidates: list[int]) 
     held, pooled = (x.held, x.pooled) if isinstance(x, Frames) else (x, None)
     if pooled is None:
         pooled = to_rows(held).flatten(2, 3).mean(2)
-    present = handover.present(pooled)[torch.tensor(candidates, device=pooled.device)]
+    present = handover.present(pooled)
+    if candidates.count(candidates[0]) == len(candidates):  # a number, which no device waits for
+        present = present[candidates[0]][None]
+    else:
+        present = present[torch.tensor(candidates, device=pooled.device)]
     return torch.where(present[:, None] > 0, pooled, torch.zeros_like(pooled))
 
 

@@ -9,14 +9,13 @@ from torch.nn import functional as F
 from ..layers import Decision, GateWeights
 from ..layers.absorb import Handover
 from ..layers.gate import Gate, candidate_weights
+from ..layers.routing import FULL
 from . import kernels
 from .absorbed import masked_means
 from .frames import Frames
 from .pack import to_rows
 
 __all__ = ["FoldedGate"]
-
-ROUNDING = 1e-5  # of sums of a few dozen products, amply
 
 
 class FoldedGate:
@@ -33,10 +32,13 @@ class FoldedGate:
         self._layers: dict[tuple[int, int, int], kernels.GateLayers] = {}
         self._constant: Decision | None = None
 
-    def __call__(self, x: Tensor | Frames, sources: list[int] | None = None) -> tuple[list[Decision], Tensor]:
+    def __call__(
+        self, x: Tensor | Frames, sources: list[int] | None = None, read: bool = True
+    ) -> tuple[list[Decision], Tensor]:
         """From the layer's input, a decision per sample and z ``(N, S_t + S_c)``. The device is read once.
 
         ``sources``: of a layer that reads what another hands over, which candidate of that each sample has.
+        ``read``: False where nobody follows the decisions: the device is not waited for, and they are FULL.
         """
         held, stride = (x.held, x.stride) if isinstance(x, Frames) else (x, 1)
         compact = sources[0] if sources and self.reads is not None and held.shape[1] < self.reads.channels[0] else 0
@@ -48,6 +50,8 @@ class FoldedGate:
             pooled = masked_means(x, self.reads, sources)
         z = layers(to_rows(held), pooled)
         split, given = self.split, sources or [0] * z.shape[0]
+        if not read:
+            return [FULL._replace(source=source) for source in given], z
         return [
             Decision(_first_open(row[split:]), _first_open(row[:split]) if split else 0, False, source)
             for row, source in zip(z.tolist(), given, strict=True)
@@ -68,11 +72,8 @@ class FoldedGate:
             return
         self._version = self.gate.threshold._version
         self._layers.clear()
-        middle = (self.gate.beta.float() - self.gate.threshold.float()).detach()
-        reach = self.gate.reach.float() * (1 + ROUNDING) + ROUNDING
-        bounds = list(zip((middle - reach).tolist(), (middle + reach).tolist(), strict=True))
-        channel, temporal = _always(bounds[self.split :]), _always(bounds[: self.split])
-        self._constant = None if channel is None or temporal is None else Decision(channel, temporal)
+        settled = self.gate.settled()
+        self._constant = None if settled is None else Decision(*settled)
 
     def weights(self, z: Tensor, normalize: bool) -> GateWeights:
         """The weights that the layer itself would report for z."""
@@ -115,13 +116,3 @@ def _first_open(row: list[float]) -> int:
         if z > 0:
             return index
     return max(len(row) - 1, 0)
-
-
-def _always(bounds: list[tuple[float, float]]) -> int | None:
-    """The largest open candidate, else the last, where that is the same for every z within these bounds."""
-    for index, (low, high) in enumerate(bounds[:-1]):
-        if low > 0:
-            return index
-        if high > 0:
-            return None
-    return max(len(bounds) - 1, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import json
@@ -20,14 +19,14 @@ from ..checkpoint import save_pretrained
 from ..convert.trace import symbolic
 from ..errors import RedconvertError
 from ..files import write_text_atomic
-from ..inputs import call_with, device_of, each_batch, evaluating, move_to, tensors_in
+from ..inputs import as_arguments, call_with, device_of, each_batch, evaluating, move_to, tensors_in
 from ..layers import Decision, DynamicConv, GateWeights, Observation, dynamic_layers, observed
-from .absorbed import link_units
-from .frames import full
-from .fuse import filter_of, fuse
+from .alone import in_layers
+from .fuse import fuse
+from .graphs import Captures
 from .pack import FORM_NAMES
 from .pathways import count_pathways, spread
-from .program import Program, on_clips
+from .program import Program
 from .unit import Batch, Seen, Unit
 
 __all__ = ["Deployed", "deploy"]
@@ -44,7 +43,8 @@ class Deployed(nn.Module):
 
     Clips on a CPU run one by one, whatever each decides: nothing is gathered or scattered, and activations stay small.
     Images, and clips on other devices, run as a batch, in which the samples that decide alike run together, layer by
-    layer. Not for several threads at once. `torch.compile` leaves it as it is, also inside a larger network.
+    layer; there `capture` spares the host's launches. Not for several threads at once. `torch.compile` leaves it as it
+    is, also inside a larger network.
 
     Attributes:
         network: the converted network, whose gates, thresholds and modes (`forced`, `disabled`) are followed.
@@ -78,13 +78,14 @@ class Deployed(nn.Module):
                 units = fuse(graph, modules, self.batch, forms or {})
                 self._program = Program(graph, root, {**modules, **units})
             else:
-                self._program, units = _in_layers(network, self.batch, forms or {})
+                self._program, units = in_layers(network, self.batch, forms or {})
             self.source = "fx" if graph is not None else "layers"
         self.units = nn.ModuleDict(units)
         self._stand_ins = {id(unit.layer): unit for unit in units.values() if isinstance(unit, Unit)}
         self._layers = layers = list(dynamic_layers(network).values())
         clips = all(id(layer) in self._stand_ins and isinstance(layer, nn.Conv3d) for layer in layers)
         self.one_by_one = clips and self._like.device.type == "cpu"
+        self._captures = Captures(layers, self._stand_ins, self.batch)
         super().train(False)
 
     def _trace(self, root: nn.Module) -> fx.Graph | None:
@@ -145,7 +146,27 @@ class Deployed(nn.Module):
                 "redconvert.freeze(.network, policy), or .network itself"
             )
         with evaluating(self.network) if self.network.training else nullcontext():
-            return self._forward(args, kwargs)
+            recording = self._captures(args, kwargs)
+            return self._forward(args, kwargs) if recording is None else recording(tensors_in((args, kwargs)))
+
+    def capture(self, example_inputs: Any) -> Deployed:
+        """Record the pass over inputs like these in a CUDA graph, and return this network.
+
+        Calls with inputs of these shapes and types then replay it: the host launches once, not hundreds of times. A
+        graph follows one decision of each layer, so none may depend on the input: `disabled`, both axes `forced`,
+        thresholds out of the input's reach (as after a budget by layers), or gates that are baked. Calls with other
+        decisions or shapes, with observers or with hooks on layers, run as before; capture each that is to be fast.
+
+        Args:
+            example_inputs: what the network takes, on a GPU.
+
+        Raises:
+            RedconvertError: not on a GPU, a decision that the input makes, or an operation that no graph holds.
+        """
+        args, kwargs = as_arguments(example_inputs)
+        with torch.no_grad(), evaluating(self.network):
+            self._captures.add(args, kwargs, self._forward)
+        return self
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.dim()]
@@ -324,33 +345,6 @@ def _difference(found: Any, wanted: Any, dynamic: nn.Module) -> str | None:
                 f"to take it as it is"
             )
     return None
-
-
-def _in_layers(network: nn.Module, batch: Batch, forms: Forms) -> tuple[Any, dict[str, Unit]]:
-    """A twin of the network that shares its tensors and runs each dynamic layer as a unit of its own."""
-    layers = dynamic_layers(network).values()
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
-    memo |= {id(layer.hands_to): layer.hands_to for layer in layers if layer.hands_to is not None}
-    units: dict[str, Unit] = {}
-    for layer in layers:
-        filter = filter_of(layer)
-        if filter is not None:
-            target = f"unit{len(units)}"
-            units[target] = Unit(layer, filter, None, "none", batch, forms.get(target))
-            memo[id(layer)] = _Alone(units[target])
-    link_units(units.values())
-    return copy.deepcopy(network, memo).eval(), units
-
-
-class _Alone(nn.Module):
-    """A unit in the place of its layer."""
-
-    def __init__(self, unit: Unit) -> None:
-        super().__init__()
-        self._unit = (unit,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return full(on_clips(self._unit[0], x))
 
 
 def _observation(unit: Unit, seen: list[Seen]) -> Observation:

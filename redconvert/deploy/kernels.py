@@ -1,4 +1,4 @@
-"""What surrounds a reduced convolution, in one pass over memory: in C where there is a compiler, else in PyTorch."""
+"""What surrounds a reduced convolution, in one pass over memory: in C, on a GPU in Triton, else in PyTorch."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from . import gpu_passes
 
 __all__ = [
     "Assembly",
@@ -101,7 +103,9 @@ class Assembly:
             d = -(-len(self.product) // WIDTH) * WIDTH
         function = _function("assemble", computed, max(k + d, channels))
         if function is None:
-            return pool_into(pooled, self.in_pytorch(computed, rebuilt, residual, relu))
+            out = self._on_gpu(computed, rebuilt, residual, relu, into)
+            out = self.in_pytorch(computed, rebuilt, residual, relu) if out is None else out
+            return pool_into(pooled, out)
         N, T, H, W = computed.shape[:4]
         out = computed.new_empty(N, T, H, W, channels) if into is None else into
         sources = (*addresses(computed), k, *addresses(rebuilt), d, *addresses(self._blocks))
@@ -121,6 +125,29 @@ class Assembly:
             return None
         padded = F.pad(self.product.float(), (0, 0, 0, -len(self.product) % WIDTH))
         return padded.unflatten(0, (-1, WIDTH)).transpose(1, 2).contiguous()
+
+    def _on_gpu(
+        self, computed: Tensor, rebuilt: Tensor | None, residual: Tensor | None, relu: bool, into: Tensor | None
+    ) -> Tensor | None:
+        """In one kernel; None where there is none."""
+        if not gpu_passes.runs(computed):
+            return None
+        parts = [None if each is None else each.contiguous() for each in (computed, rebuilt, residual)]
+        out = computed.new_empty(*computed.shape[:4], len(self.source)) if into is None else into
+        if self.product is None:
+            table = (self.source, self.scale, self.shift)
+            return gpu_passes.attempt("assemble", gpu_passes.assemble, *parts, relu, out, table)
+        given = (parts[0], self.matrix.to(computed.dtype), parts[2], relu, out, self.shift)
+        return gpu_passes.attempt("mix", gpu_passes.mix, *given)
+
+    @functools.cached_property
+    def matrix(self) -> Tensor:
+        """Channel order, norm and Phi_c at once, ``(k, C_out)``, typed as Phi_c: ``out = in @ matrix + shift``."""
+        assert self.product is not None
+        product = self.product.float()
+        eye = torch.eye(product.shape[1], device=product.device)
+        table = torch.cat([eye, product])[self.source]  # (C_out, k)
+        return (self.scale[:, None] * table).T.to(self.product.dtype).contiguous()
 
     def in_pytorch(self, computed: Tensor, rebuilt: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
         """The same, pass after pass."""
@@ -160,12 +187,21 @@ class Filling:
         N, held, H, W, C = y.shape
         function = _function("fill", y, C)
         if function is None:
-            return pool_into(pooled, self.in_pytorch(y, num_frames, residual, relu))
+            found = self._on_gpu(y, num_frames, residual, relu)
+            return pool_into(pooled, self.in_pytorch(y, num_frames, residual, relu) if found is None else found)
         out = y.new_empty(N, num_frames, H, W, C)
         clips = (*addresses(y), N, held, len(self.weight), num_frames)
         weights = addresses(self.weight, self.bias)
         function(*clips, *weights, *addresses(residual), relu, H * W, C, *addresses(out, pooled))
         return out
+
+    def _on_gpu(self, y: Tensor, num_frames: int, residual: Tensor | None, relu: bool) -> Tensor | None:
+        """In one kernel; None where there is none."""
+        if not gpu_passes.runs(y):
+            return None
+        added = None if residual is None else residual.contiguous()
+        given = (y.contiguous(), self.weight, self.bias, num_frames, added, relu)
+        return gpu_passes.attempt("fill", gpu_passes.fill, *given)
 
     def in_pytorch(self, y: Tensor, num_frames: int, residual: Tensor | None, relu: bool) -> Tensor:
         """The same, pass after pass."""
@@ -186,6 +222,11 @@ def max_pool(
     ]
     function = _function("max_pool", x, x.shape[4]) if kernel[2] <= RING else None
     if function is None:
+        if gpu_passes.runs(x) and x.numel() < gpu_passes.LARGEST:
+            given = (x.contiguous(), kernel, stride, before, sizes, outside)
+            found = gpu_passes.attempt("max_pool", gpu_passes.max_pool, *given)
+            if found is not None:
+                return found
         pads = [amount for pair in zip(before[::-1], after[::-1], strict=True) for amount in pair]
         padded = F.pad(x.permute(0, 4, 1, 2, 3), pads, value=outside)
         return F.max_pool3d(padded, kernel, stride).permute(0, 2, 3, 4, 1).contiguous()
@@ -214,13 +255,23 @@ class GateLayers:
         N, T, H, W, C = x.shape
         function = _function("gate", x, C) if self.b1.shape[0] <= HIDDEN else None
         if function is None:
-            pooled = x.flatten(2, 3).mean(2)
+            z = self._on_gpu(x)
+            if z is not None:
+                return z
+            pooled = x.flatten(2, 3).mean(2, dtype=self.w1.dtype if x.is_cuda else None)
             hidden = torch.addmm(self.b1, pooled.flatten(1).to(self.w1.dtype), self.w1).tanh_()
             return torch.addmm(self.b2, hidden, self.w2)
         z = self.b2.new_empty(N, self.b2.shape[0])
         for sample, out in ((x, z),) if N == 1 else zip(x, z, strict=True):
             function(*addresses(sample), T, H * W, C, *self._weights, *addresses(out))
         return z
+
+    def _on_gpu(self, x: Tensor) -> Tensor | None:
+        """In two kernels; None where there are none."""
+        stride = gpu_passes.row_stride(x) if gpu_passes.runs(x) else None
+        if stride is None or max(self.w2.shape) > gpu_passes.WIDEST:
+            return None
+        return gpu_passes.attempt("gate", gpu_passes.gate, x, stride, self.w1, self.b1, self.w2, self.b2)
 
     @functools.cached_property
     def _weights(self) -> tuple[int | None, ...]:
@@ -230,13 +281,17 @@ class GateLayers:
 
 def multiplies(weight: Tensor) -> bool:
     """Whether an `Assembly` is to compute with Phi_c, ``(d, k, ...)``: oneDNN is faster in bfloat16."""
+    if weight.is_cuda:
+        return gpu_passes.mixes(weight)
     fits = weight.dtype == torch.float32 and max(weight.shape[:2]) <= TILE
     return fits and _function("assemble", weight, max(weight.shape[:2])) is not None
 
 
 def pool_into(pooled: Tensor | None, x: Tensor) -> Tensor:
     """x, whose mean over H and W is added to ``pooled``, where there is one."""
-    if pooled is not None:
+    if pooled is not None and x.is_cuda:
+        pooled += x.flatten(2, 3).mean(2, dtype=pooled.dtype)
+    elif pooled is not None:
         pooled += x.flatten(2, 3).mean(2)
     return x
 

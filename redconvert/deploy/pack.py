@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,12 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import vectors
+from .gpu_forms import FUSED, GpuConv, bases_of
 from .kernels import pool_into
+from .layouts import as_clips, as_images, as_rows, channels_last, from_rows, to_rows
 from .vectors import ACTIVATIONS
 
 __all__ = ["Filter", "PackedConv", "channels_last", "from_rows", "to_rows"]
 
-FORM_NAMES = ("conv", "frames", "line", "rows", "channels")
+FORM_NAMES = ("conv", "frames", "line", "rows", "channels", *(f"{base}{FUSED}" for base in GpuConv.BASES))
 AVAILABLE = torch.backends.mkldnn.is_available()
 PACKED_TYPES = (torch.float32, torch.bfloat16)
 # Without AVX-512 oneDNN refuses bfloat16, and PyTorch's own convolution takes a hundred times as long as in float32.
@@ -61,8 +64,8 @@ class Filter:
 class PackedConv:
     """``act(conv(x) [+ residual])`` for channels-last clips ``(N, C, T, H, W)``. Not for training.
 
-    On a CPU weights are reordered for oneDNN, once; elsewhere PyTorch's convolution runs. Of the forms that compute
-    the same, the first call times each and keeps the fastest:
+    On a CPU weights are reordered for oneDNN, once, on a GPU for cuDNN (`GpuConv`); elsewhere PyTorch's convolution
+    runs. Of the forms that compute the same, the first call times each and keeps the fastest:
 
     - ``conv``: as it is.
     - ``frames``: 1 x kh x kw with temporal stride 1, as a 2D convolution over N*T frames.
@@ -78,6 +81,7 @@ class PackedConv:
     images: bool = False  # the clips are images: 2D kernels do as well or better
     _packed: dict[tuple[str, torch.Size], Tensor] = field(default_factory=dict, repr=False)
     _wide: PackedConv | None = field(default=None, repr=False)
+    _gpu: GpuConv | None = field(default=None, repr=False)
 
     def __call__(
         self,
@@ -89,17 +93,23 @@ class PackedConv:
     ) -> Tensor:
         """``overwrite``: the result may take the residual's place in memory; ``means``: as in `gives_means`."""
         if not self._serves(x):
-            y = self._plain(x, residual, activation)
+            run = self._on_gpu if x.is_cuda else self._plain
+            y = run(x, residual, activation)
             pool_into(means, to_rows(y))
             return y
-        if self.form is None:
-            forms = self.forms()
+        if self.form not in self._candidates:  # None, or found on a GPU
+            forms = self._candidates
             self.form = forms[0] if len(forms) == 1 else self._fastest(forms, x, residual, activation, means)
+        assert self.form is not None
         return self._run(self.form, x, residual, activation, overwrite, means)
 
     def gives_means(self) -> bool:
         """Whether it adds the means of its result over H and W, ``(N, T_o, C_out)``, to ``means``."""
         return self.form == "channels" or (self.form is None and "channels" in self.forms())
+
+    @functools.cached_property
+    def _candidates(self) -> list[str]:
+        return self.forms()
 
     def forms(self) -> list[str]:
         """Those that compute this convolution."""
@@ -125,6 +135,13 @@ class PackedConv:
         y = F.conv3d(x, f.weight, f.bias, f.stride, f.padding, f.dilation, f.groups)
         y = y if residual is None else y.add_(residual)
         return channels_last(ACTIVATIONS[activation](y))
+
+    def _on_gpu(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+        if self._gpu is None:
+            self._gpu = GpuConv(self.filter, bases_of(self.filter, self.images), self.form)
+        y = self._gpu(x, residual, activation)
+        self.form = self._gpu.form
+        return y
 
     def _fastest(
         self, forms: list[str], x: Tensor, residual: Tensor | None, activation: str, means: Tensor | None
@@ -162,7 +179,7 @@ class PackedConv:
         stride, padding, dilation = (_arguments(form, each) for each in (f.stride, f.padding, f.dilation))
         if form == "line":
             stride, padding, dilation = (stride[0], 1), (padding[0], 0), (dilation[0], 1)
-        image = _as_images(form, x)
+        image = as_images(form, x)
         packed, geometry = (
             self._weight(form, image.shape, stride, padding, dilation),
             (padding, stride, dilation, f.groups),
@@ -170,14 +187,14 @@ class PackedConv:
         operators, act = torch.ops.mkldnn, None if activation == "none" else activation
         if residual is None:
             y = operators._convolution_pointwise(image, packed, f.bias, *geometry, activation, [], "")
-            return _as_clips(form, y, x)
-        other = _as_images(form, residual)
+            return as_clips(form, y, x)
+        other = as_images(form, residual)
         sum_and_act: tuple[Any, ...] = ("add", 1.0, act, [], None)
         if overwrite:
             y = operators._convolution_pointwise_.binary(other, image, packed, f.bias, *geometry, *sum_and_act)
         else:
             y = operators._convolution_pointwise.binary(image, other, packed, f.bias, *geometry, *sum_and_act)
-        return _as_clips(form, y, x)
+        return as_clips(form, y, x)
 
     def _run_wide(self, form: str, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         if self._wide is None:
@@ -186,7 +203,7 @@ class PackedConv:
         return self._wide._run(form, x.float(), other, activation, overwrite=True).to(x.dtype)
 
     def _run_rows(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        f, rows = self.filter, _as_rows(x)
+        f, rows = self.filter, as_rows(x)
         key = ("rows", rows.shape)
         if key not in self._packed:
             weight = f.weight.flatten(1).contiguous()
@@ -195,7 +212,7 @@ class PackedConv:
         if residual is None:
             y = operator.default(rows, self._packed[key], f.bias, activation, [], "")
         else:
-            y = operator.binary(rows, _as_rows(residual), self._packed[key], f.bias, "add")
+            y = operator.binary(rows, as_rows(residual), self._packed[key], f.bias, "add")
             y = ACTIVATIONS[activation](y)
         return from_rows(y.view(*to_rows(x).shape[:4], -1))
 
@@ -230,50 +247,5 @@ class PackedConv:
         return self._packed[key]
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """``x (N, C, ...)`` in channels-last memory, also where sizes of 1 leave the layout open."""
-    if x.dim() == 5:  # most are, and looking is faster than asking PyTorch
-        _, C, T, H, W = x.shape
-        if x.stride() == (C * T * H * W, 1, C * H * W, C * W, C):
-            return x
-    order = (0, *range(2, x.dim()), 1)
-    return x.permute(order).contiguous().permute(0, x.dim() - 1, *range(1, x.dim() - 1))
-
-
-def to_rows(x: Tensor) -> Tensor:
-    """Channels-last ``(N, C, T, H, W)`` as ``(N, T, H, W, C)``: a view."""
-    return x.permute(0, 2, 3, 4, 1)
-
-
-def from_rows(rows: Tensor) -> Tensor:
-    """And back: a view."""
-    return rows.permute(0, 4, 1, 2, 3)
-
-
 def _arguments(form: str, values: tuple[int, ...]) -> tuple[int, ...]:
     return values[1:] if form == "frames" else values
-
-
-def _as_images(form: str, x: Tensor) -> Tensor:
-    """Clips as the tensor that a form convolves: a view."""
-    if form == "frames":
-        return x.squeeze(2) if x.shape[2] == 1 else to_rows(x).flatten(0, 1).permute(0, 3, 1, 2)
-    if form == "line":
-        return to_rows(x).flatten(2, 3).permute(0, 3, 1, 2)
-    return x
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """Clips as one row per position: a view."""
-    return to_rows(x).flatten(0, 3)
-
-
-def _as_clips(form: str, y: Tensor, x: Tensor) -> Tensor:
-    """What a form returned for clips x as clips: a view."""
-    if form == "frames":
-        if x.shape[2] == 1:
-            return y.unsqueeze(2)
-        return from_rows(y.permute(0, 2, 3, 1).unflatten(0, (*x.shape[:1], -1)))
-    if form == "line":
-        return from_rows(y.permute(0, 2, 3, 1).unflatten(2, x.shape[3:]))
-    return y

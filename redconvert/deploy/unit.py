@@ -196,8 +196,8 @@ class Unit(nn.Module):
                 return self.gate(x, sources)
             return [known._replace(source=source) for source in given], None
         axes = self._forced(num_samples)
-        asked = self.batch.always_ask or any(index is None for axis in axes for index in axis)
-        gated, z = self.gate(x, sources) if asked else ([FULL] * num_samples, None)
+        free = any(index is None for axis in axes for index in axis)
+        gated, z = self.gate(x, sources, free) if free or self.batch.always_ask else ([FULL] * num_samples, None)
         return [
             Decision(g.channel if i is None else i, g.temporal if j is None else j, False, source)
             for g, i, j, source in zip(gated, *axes, given, strict=True)
@@ -308,7 +308,8 @@ class Unit(nn.Module):
 
     def _means(self, num_clips: int, num_frames: int, channel: int) -> Tensor | None:
         """Room for the mean over H and W of what comes out, where a gate will read it."""
-        if not (self.feeds_mean or (self.feeds_gate and self.batch.gates_run)):
+        on_gpu = self.filter.weight.is_cuda  # gates average there themselves: no pass does it on its way
+        if not (self.feeds_mean or (self.feeds_gate and self.batch.gates_run and not on_gpu)):
             return None
         channels = self.layer.candidates.channels[channel] if channel else self.channels
         return torch.zeros(num_clips, num_frames, channels, dtype=torch.float32, device=self.filter.weight.device)
