@@ -24,8 +24,8 @@ class MixtureMoments:
 
     The layers before hand it another input, so that all of its own filters would give y' instead of the dense y. ``G``
     and ``c`` minimise ``E |y - G y' - c|^2``, pulled towards no change (`regress`), and candidates then compute the
-    components of ``G y' + c``: their mixtures become ``mix G``, as many filters as before. Where an input that was
-    changed is added to the result (a residual block's), the layer makes up for that as well.
+    components of ``G y' + c``: their mixtures become ``components G``, as many filters as before. Where an input that
+    was changed is added to the result (a residual block's), the layer makes up for that as well.
 
     Layers are mended in the order in which they run, so that each regresses on inputs that are right already.
 
@@ -39,14 +39,12 @@ class MixtureMoments:
         assert layer.cheap_c is not None
         self.layer, self.ridge, self.slope = layer, ridge, slope_behind(layer, norm)
         self.ops, C = [cast(Principal, op) for op in layer.cheap_c.ops], layer.out_channels
-        before = [tuple(each.to(torch.float64, copy=True) for each in (op.mix, op.shift)) for op in self.ops]
-        self.start = dict(enumerate(before, start=1))
-        device = layer.weight.device
+        indices, device = range(1, 1 + len(self.ops)), layer.weight.device
         # Rows: targets, the constant, y'; columns: the constant, y'.
-        self.sums = {i: torch.zeros(FOLDS, 2 * C + 1, C + 1, dtype=torch.float64, device=device) for i in self.start}
+        self.sums = {i: torch.zeros(FOLDS, 2 * C + 1, C + 1, dtype=torch.float64, device=device) for i in indices}
         self.unchanged = torch.eye(C + 1, dtype=torch.float64, device=device)[1:]
         self.samples = 0
-        self.solved = dict.fromkeys(self.start, 0.0)  # rows that the last solution saw
+        self.solved = dict.fromkeys(indices, 0.0)  # rows that the last solution saw
 
     @torch.no_grad()
     def mend(self, x: Tensor, out: Tensor, decisions: Sequence[Decision], added: Tensor | None = None) -> Tensor:
@@ -106,7 +104,5 @@ class MixtureMoments:
         solution = ridge_towards(self.unchanged, sums.sum(0), best_strength(sums, self.unchanged, self.ridge))
         if not torch.isfinite(solution).all():
             return
-        op, (mix, shift) = self.ops[index - 1], self.start[index]
-        op.mix.copy_(mix @ solution[:, 1:])
-        op.shift.copy_(shift + mix @ solution[:, 0])
+        self.ops[index - 1].correct(solution[:, 1:], solution[:, 0])
         self.solved[index] = count

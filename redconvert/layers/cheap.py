@@ -118,22 +118,47 @@ class Principal(Pointwise):
     Candidates then compute ``mix W``, as many filters as they keep channels, none of them the layer's own: what spans
     the principal components of the result loses less than any k of its channels. Mixture r stands for the channel of
     rank r. Both are buffers: where weights are trained, the filters follow.
+
+    ``components`` and ``offset`` are mix and shift as they suit the dense network's inputs; calibration goes out from
+    them whenever the inputs are others (`correct`).
     """
 
     mix: Tensor
     shift: Tensor
+    components: Tensor
+    offset: Tensor
 
     def __init__(self, kept: int, dropped: int) -> None:
         super().__init__(kept, dropped)
         self.register_buffer("mix", torch.zeros(kept, kept + dropped))
         self.register_buffer("shift", torch.zeros(kept))
+        self.register_buffer("components", torch.zeros(kept, kept + dropped))
+        self.register_buffer("offset", torch.zeros(kept))
         self.choose()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        for name, of in (("components", "mix"), ("offset", "shift")):  # files of before there were any
+            if prefix + of in state_dict:
+                state_dict.setdefault(prefix + name, state_dict[prefix + of])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def choose(self) -> None:
         """Compute the channels themselves."""
-        self.mix.zero_().fill_diagonal_(1)
-        self.shift.zero_()
+        self.components.zero_().fill_diagonal_(1)
+        self.offset.zero_()
+        self.correct()
+
+    @torch.no_grad()
+    def correct(self, maps: Tensor | None = None, means: Tensor | None = None) -> None:
+        """Mix what ``maps (C, C) y + means (C)`` makes of the channels instead of themselves; without: themselves."""
+        if maps is None or means is None:
+            self.mix.copy_(self.components)
+            self.shift.copy_(self.offset)
+            return
+        components = self.components.to(maps.dtype)
+        self.mix.copy_(components @ maps)
+        self.shift.copy_(self.offset + components @ means)
 
     def project(self, ranks: Tensor) -> Tensor:
         """All channels ``(N, C, ...)`` in rank order -> what is computed, ``(N, k, ...)``."""
@@ -174,8 +199,9 @@ class Principal(Pointwise):
         phi = torch.linalg.lstsq(back[:kept].T, back[kept:].T, driver="gelsd" if back.device.type == "cpu" else None)
         whole = torch.cat([torch.eye(kept, dtype=back.dtype, device=back.device), phi.solution.T]) @ back[:kept] @ forth
         mix = whole[:kept]
-        self.mix.copy_(mix)
-        self.shift.copy_(means[:kept] - mix @ means)
+        self.components.copy_(mix)
+        self.offset.copy_(means[:kept] - mix @ means)
+        self.correct()
         self.weight.copy_(phi.solution.T)
         self.bias.copy_(means[kept:] - phi.solution.T @ means[:kept])
         rest = torch.eye(len(whole), dtype=whole.dtype, device=whole.device) - whole
@@ -186,8 +212,9 @@ class Principal(Pointwise):
         """The same for every channel, ``(C)`` in rank order, as those that are computed are its own, too."""
         kept = len(self.mix)
         before = scale[:kept].clamp_min(LEAST_SCALE)
-        self.mix.mul_(before[:, None])
-        self.shift.mul_(before).add_(shift[:kept])
+        for mix, offset in ((self.mix, self.shift), (self.components, self.offset)):
+            mix.mul_(before[:, None])
+            offset.mul_(before).add_(shift[:kept])
         self.weight.div_(before).mul_(scale[kept:, None])
         self.bias.mul_(scale[kept:]).add_(shift[kept:] - self.weight @ shift[:kept])
 

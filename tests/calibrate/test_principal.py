@@ -279,6 +279,31 @@ def test_rounds_bring_the_last_layer_nearer(dims, match):
     assert apart[1] < 0.99 * apart[0]
 
 
+def test_calibrating_again_starts_anew():
+    """Corrections do not add up: soon the same decisions and batches leave the mixtures where they are."""
+    dynamic, _, x = converted(shares=(0.5,))
+    layers = list(dynamic_layers(dynamic).values())
+    for layer in layers:
+        layer.gate.thresholds("channel").copy_(torch.tensor([50.0, -50.0]))
+    mixtures = []
+    for _ in range(5):
+        redconvert.calibrate(dynamic, [x], decisions="gates")
+        mixtures.append([layer.cheap_c.op(1).mix.clone() for layer in layers])
+    for first, before, last in zip(mixtures[0], mixtures[-2], mixtures[-1], strict=True):
+        torch.testing.assert_close(last, before, atol=1e-4, rtol=1e-4)
+        assert (last - first).norm() < 0.2 * first.norm()  # another strength of the ridge
+
+
+def test_files_without_components():
+    """Before there were any, mixtures were the components."""
+    op, other = Principal(3, 2), Principal(3, 2)
+    op.mix.normal_()
+    op.shift.normal_()
+    state = {key: value for key, value in op.state_dict().items() if key not in ("components", "offset")}
+    other.load_state_dict(state)
+    assert torch.equal(other.components, op.mix) and torch.equal(other.offset, op.shift)
+
+
 def test_what_gates_do_not_take_stays_as_it_is():
     dynamic, _, x = converted(shares=(0.75, 0.5))
     layers = list(dynamic_layers(dynamic).values())
