@@ -28,7 +28,7 @@ from cifar_resnet56 import TOTALS, Setting, absorbed, dynamic, measure, spread, 
 from common import RESULTS, environment, write
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Replayed, groups_of, is_dynamic
+from training import groups_of, is_dynamic
 
 import redconvert
 from redconvert.cost.measure import static_macs
@@ -147,9 +147,10 @@ class Runner:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.losses = torch.zeros(2, device=device)  # the task's, and the costs' mean
-        self.graph: Replayed | None = None
+        self.graph: redconvert.CapturedPasses | None = None
         if self.stream is not None:
-            self.graph = Replayed(self._passes, self.model, self.optimizer, self.stream, rests=not self.learns)
+            options = {"stream": self.stream, "rests": not self.learns}
+            self.graph = redconvert.CapturedPasses(self._passes, self.model, self.optimizer, **options)
 
     def step(self, rate: float) -> None:
         """Replay the passes, clip, update; nothing waits for the device."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,8 +17,6 @@ from redconvert.cost.measure import static_macs
 from redconvert.finetune.parameters import build_optimizer, learning_rate_factor
 from redconvert.finetune.run import training_mode
 from redconvert.inputs import device_of, move_to
-
-WARM_UP = 3  # passes before a graph is captured, as PyTorch's documentation asks for
 
 
 def train(
@@ -68,7 +64,7 @@ def train(
                 held = held or [x.clone(), y.clone()]
                 held[0].copy_(x)
                 held[1].copy_(y)
-                graph = graph or Replayed(partial(loss_of, *held, found), model, optimizer)
+                graph = graph or redconvert.CapturedPasses(partial(loss_of, *held, found), model, optimizer)
                 graph()
             else:
                 optimizer.zero_grad(set_to_none=True)
@@ -115,45 +111,6 @@ def _losses(
         loss = loss + weight * efficiency(scores, taught if distill == 1 else y)
         found[1] = efficiency.costs.mean()
     loss.backward()
-
-
-class Replayed:
-    """Forward and backward passes as a CUDA graph: a call replays them on what their inputs hold then.
-
-    Small kernels keep a GPU waiting for Python, and dynamic layers for the decisions that Python reads; those run in
-    static shapes here (`redconvert.capturable`). Gradients stay in the memory that ``.grad`` has now.
-    """
-
-    def __init__(
-        self,
-        passes: Callable[[], None],
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        stream: torch.cuda.Stream | None = None,
-        rests: bool = False,
-    ) -> None:
-        """``rests``: gates do not learn, and where no input changes their decision only that is computed."""
-        before = copy.deepcopy(model.state_dict())
-        stream = stream or torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        self.graph = torch.cuda.CUDAGraph()
-        with ExitStack() as stack:
-            if is_dynamic(model):
-                stack.enter_context(redconvert.capturable(model))
-                stack.enter_context(redconvert.resting_gates(model) if rests else nullcontext())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    optimizer.zero_grad(set_to_none=True)
-                    passes()
-            torch.cuda.synchronize()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(self.graph, stream=stream):
-                passes()
-        model.load_state_dict(before)  # the warm-up moved the norms' statistics
-        torch.cuda.synchronize()
-
-    def __call__(self) -> None:
-        self.graph.replay()
 
 
 def is_dynamic(model: nn.Module) -> bool:

@@ -11,7 +11,15 @@ from .convert import make_plan as plan
 from .cost import LayerTimes, Report, report
 from .deploy import Bench, Deployed, bench, deploy, export_onnx, freeze, layer_times
 from .errors import RedconvertError
-from .finetune import EfficiencyLoss, History, distillation_loss, finetune, frozen_original, parameter_groups
+from .finetune import (
+    CapturedPasses,
+    EfficiencyLoss,
+    History,
+    distillation_loss,
+    finetune,
+    frozen_original,
+    parameter_groups,
+)
 from .layers import (
     DynamicConv2d,
     DynamicConv3d,
@@ -32,6 +40,7 @@ __all__ = [
     "Budget",
     "BudgetCurve",
     "Calibration",
+    "CapturedPasses",
     "Cascade",
     "ConvertConfig",
     "Deployed",
