@@ -58,6 +58,12 @@ AGREEING = {
         "shares": tuple(i / 16 for i in range(15, 3, -1)),
         "rules": LARGE_ALONE,
     },
+    # Mixtures of 1x1x1 filters save where few channels come of many: a product of two thin matrices.
+    "principal, all layers": {
+        "cheap": "principal",
+        "shares": (0.875, 0.75, 0.625, 0.5, 0.375, 0.25),
+        "rules": {"logits": None},
+    },
 }
 ABSORBED_SHARES = (0.75, 0.5)  # what is left out between two layers is saved twice: halves alone are coarse
 
