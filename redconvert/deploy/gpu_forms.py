@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import gpu_passes
-from .layouts import as_clips, as_images, as_rows, channels_last, from_rows, to_rows
+from .layouts import as_clips, as_images, as_rows, blocked_filter, channels_last, from_rows, in_blocks, to_rows
 from .vectors import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = ["FUSED", "GpuConv", "bases_of"]
 
 FUSED = " fused"  # behind the name of a form whose bias, residual and ReLU are in the convolution
 TRIALS, CALLS = 3, 3
+FEW = 4  # channels: those of pictures
 PAUSE = 400_000  # clock cycles in which the host catches up with the device, so that launches are not timed
 # Of the largest value, against the plain convolution: above it a form computes something else, or far too coarsely.
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -32,12 +33,13 @@ TOLERANCE = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 class GpuConv:
     """``act(conv(x) [+ residual])`` for channels-last clips ``(N, C, T, H, W)`` on a GPU. Not for training.
 
-    Forms are those of `PackedConv`, of strided convolutions too, and each once more with what follows inside the
-    convolution (``"conv fused"``): a ReLU, behind a bias and perhaps a residual, in cuDNN, or in cuBLAS where the
-    kernel is 1 x 1 x 1. What is not fused follows in one pass over memory.
+    Forms are those of `PackedConv`, of strided convolutions too, and ``"blocks"`` for a stem's few channels
+    (`in_blocks`: tensor cores take eight at a time). Each comes once more with what follows inside the convolution
+    (``"conv fused"``): a ReLU, behind a bias and perhaps a residual, in cuDNN, or in cuBLAS where the kernel is
+    1 x 1 x 1. What is not fused follows in one pass over memory.
     """
 
-    BASES: ClassVar[tuple[str, ...]] = ("conv", "frames", "line", "rows")
+    BASES: ClassVar[tuple[str, ...]] = ("conv", "frames", "line", "rows", "blocks")
 
     filter: Filter
     bases: list[str]  # as `bases_of` lists them
@@ -82,7 +84,7 @@ class GpuConv:
 
     def _convolved(self, base: str, x: Tensor) -> Tensor:
         """Without bias: PyTorch adds that in a pass of its own."""
-        convolve: Callable[..., Tensor] = F.conv3d if base == "conv" else F.conv2d
+        convolve: Callable[..., Tensor] = F.conv3d if base in ("conv", "blocks") else F.conv2d
         x = self._picked(base, x)
         image, geometry = as_images(base, x), self._geometry(base)
         return as_clips(base, convolve(image, self._weight(base), None, *geometry, self.filter.groups), x)
@@ -129,12 +131,14 @@ class GpuConv:
         return ACTIVATIONS[activation](y)
 
     def _picked(self, base: str, x: Tensor) -> Tensor:
-        """The positions that a form reads, where its stride has no place in it: copied."""
+        """The positions that a form reads, where its stride has no place in it, or as it reads them: copied."""
         t, h, w = self.filter.stride
         if base == "frames" and t > 1:
             return channels_last(x[:, :, ::t])
         if base == "rows" and max(t, h, w) > 1:
             return channels_last(x[:, :, ::t, ::h, ::w])
+        if base == "blocks":
+            return in_blocks(x, self.filter.kernel, self.filter.stride, self.filter.padding)
         return x
 
     # -- what is prepared once -------------------------------------------------------------------------
@@ -146,6 +150,8 @@ class GpuConv:
             return f.stride[1:], f.padding[1:], f.dilation[1:]
         if base == "line":
             return (f.stride[0], 1), (f.padding[0], 0), (f.dilation[0], 1)
+        if base == "blocks":
+            return (1, 1, 1), (0, 0, 0), (1, 1, 1)
         return f.stride, f.padding, f.dilation
 
     def _weight(self, base: str) -> Tensor:
@@ -154,7 +160,8 @@ class GpuConv:
             weight = self.filter.weight
             if base == "rows":
                 self._weights[base] = weight.flatten(1).contiguous().T
-            elif base == "conv":
+            elif base in ("conv", "blocks"):
+                weight = weight if base == "conv" else blocked_filter(weight, self.filter.stride)
                 self._weights[base] = weight.contiguous(memory_format=torch.channels_last_3d)
             else:
                 image = weight.squeeze(2 if base == "frames" else 4)
@@ -198,6 +205,9 @@ def bases_of(filter: Filter, images: bool) -> list[str]:
         found.append("line")
     if alone and plain and filter.groups == 1:
         found.append("rows")
+    few = filter.weight.shape[1] <= FEW and max(filter.stride) > 1
+    if few and filter.groups == 1 and filter.dilation == (1, 1, 1):
+        found.append("blocks")
     return found
 
 

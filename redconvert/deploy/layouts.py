@@ -1,10 +1,13 @@
-"""Clips in channels-last memory, as the tensors that forms of a convolution take: views of the same memory."""
+"""Clips in channels-last memory, as the tensors that forms of a convolution take: most are views of the same memory."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
-__all__ = ["as_clips", "as_images", "as_rows", "channels_last", "from_rows", "to_rows"]
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["as_clips", "as_images", "as_rows", "blocked_filter", "channels_last", "from_rows", "in_blocks", "to_rows"]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -50,3 +53,30 @@ def as_clips(form: str, y: Tensor, x: Tensor) -> Tensor:
     if form == "line":
         return from_rows(y.permute(0, 2, 3, 1).unflatten(2, x.shape[3:]))
     return y
+
+
+def in_blocks(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Blocks of ``stride`` positions of ``x (N, C, T, H, W)`` as channels, ``(N, C * prod(stride), ...)``: a copy.
+
+    A convolution over it with `blocked_filter`, of stride 1 and not padded, is the one over x: with ``d = s q + r`` for
+    each tap, ``sum_d w_d x_(s o + d) = sum_q sum_r w_(s q + r) x_(s (o + q) + r)``.
+    """
+    pads: list[int] = []
+    for size, k, s, p in reversed(list(zip(x.shape[2:], kernel, stride, padding, strict=True))):
+        blocks = (size + 2 * p - k) // s + -(-k // s)
+        pads += [p, blocks * s - size - p]
+    t, h, w = stride
+    x = F.pad(x, pads)
+    N, C, T, H, W = x.shape
+    parts = x.reshape(N, C, T // t, t, H // h, h, W // w, w).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return from_rows(parts.reshape(N, T // t, H // h, W // w, C * t * h * w))
+
+
+def blocked_filter(weight: Tensor, stride: Sequence[int]) -> Tensor:
+    """``weight (C_out, C_in, kt, kh, kw)`` for `in_blocks`: ``(C_out, C_in * prod(stride), ceil(kt / t), ...)``."""
+    pads = [amount for k, s in zip(weight.shape[:1:-1], stride[::-1], strict=True) for amount in (0, -k % s)]
+    weight = F.pad(weight, pads)
+    t, h, w = stride
+    O, C, T, H, W = weight.shape  # noqa: E741
+    parts = weight.reshape(O, C, T // t, t, H // h, h, W // w, w).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    return parts.reshape(O, C * t * h * w, T // t, H // h, W // w)

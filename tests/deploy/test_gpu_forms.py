@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from deploy_networks import Video, dynamic_from, undecided_gates
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import redconvert
@@ -60,6 +62,28 @@ def test_strides_and_images():
     x = channels_last(torch.randn(2, 5, 1, 7, 6))
     found = GpuConv(filter, bases_of(filter, images=True)).run("frames", x, None, "none")
     assert torch.allclose(found, F.conv3d(x, filter.weight, None, (1, 2, 2), (0, 1, 1)), atol=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.tuples(*[st.integers(1, 7)] * 3),
+    st.tuples(*[st.integers(1, 3)] * 3),
+    st.tuples(*[st.integers(0, 3)] * 3),
+    st.tuples(*[st.integers(7, 12)] * 3),
+    st.integers(1, 4),
+)
+def test_blocks_are_the_convolution(kernel, stride, padding, size, channels):
+    """Any kernel, stride and padding, also where positions at the end are read by nobody."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"generator": generator, "dtype": torch.float64}
+    x = channels_last(torch.randn(2, channels, *size, **options))
+    weight, bias = torch.randn(5, channels, *kernel, **options), torch.randn(5, **options)
+    filter = Filter(weight, bias, stride, padding, (1, 1, 1))
+    assert ("blocks" in bases_of(filter, images=False)) == (max(stride) > 1)
+    wanted = F.conv3d(x, weight, bias, stride, padding)
+    found = GpuConv(filter, ["blocks"]).run("blocks", x, None, "none")
+    torch.testing.assert_close(found, wanted)
+    assert found.stride() == channels_last(wanted).stride()
 
 
 def test_a_form_that_fails_or_is_wrong_is_no_candidate():
