@@ -171,7 +171,8 @@ class DynamicConv(nn.Module):
         dim = 5 if isinstance(self, nn.Conv3d) else 4
         if input.dim() == dim - 1 and self.num_frames is None:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        if self.capturable or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        captured = self.capturable and (self.training or not self.observers)  # who observes inference reads decisions
+        if captured or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return run_static(self, input)
         check_input(self, input, self.layer_name, self.num_frames, self.recipe.pad is Recipe.pad)
         source = self._source(input)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .absorb import Choice, pooled_static, static_source
 from .gate import GateWeights, largest_open, one_hot
 from .masked import attach, rebuild_loss, replace_value
-from .routing import FULL
+from .routing import FULL, Decision
 from .training import trained_candidate
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def run_static(layer: DynamicConv, x: Tensor) -> Tensor:
     """
     known = _known(layer)
     if None not in known and (not layer.training or not layer.learns):
-        return _run_chosen(layer, x, known)  # type: ignore[arg-type]
+        out = _run_chosen(layer, x, known)  # type: ignore[arg-type]
+        _tell_known(layer, x, out, *known)  # type: ignore[arg-type]
+        return out
     pooled = pooled_static(layer, x)
     if layer.training or layer.config.gate == "soft":
         weights = layer._weights(x, pooled)
@@ -45,7 +47,7 @@ def run_static(layer: DynamicConv, x: Tensor) -> Tensor:
             layer.hands_to.static = weights.channel, weights.channel
         out = mixed(layer, x, weights)
         if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # a graph of theirs tells nobody
-            layer.tell(x, out, weights, [FULL] * len(weights.channel), static_source(layer)[1])
+            layer.tell(x, out, weights, [FULL] * len(weights.channel), _told_source(layer, weights.channel))
         return out
     return _run_chosen(layer, x, _choices(layer, x, pooled, known))
 
@@ -78,6 +80,32 @@ def _run_chosen(layer: DynamicConv, x: Tensor, choices: Sequence[Choice]) -> Ten
     else:
         z = layer.cheap_t.single(z, j, num_frames)  # type: ignore[union-attr]
     return layer.from_clips(z)
+
+
+def _tell_known(layer: DynamicConv, x: Tensor, out: Tensor, channel: int, temporal: int) -> None:
+    """Tell observers what a resting gate is known to decide. A compiler's graph tells nobody."""
+    if not layer.observers or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    num_samples = x.shape[0] // layer.frames_per_sample
+    sizes = (len(layer.candidates.channels), len(layer.candidates.strides))
+    like = layer.gate.beta.new_empty(num_samples, 0)
+    weights = GateWeights(*(_certain(like, *each) for each in zip((channel, temporal), sizes, strict=True)))
+    source, _ = static_source(layer)
+    decision = Decision(channel, temporal, source=source if isinstance(source, int) else 0)
+    layer.tell(x, out, weights, [decision] * num_samples, _told_source(layer, like))
+
+
+def _told_source(layer: DynamicConv, like: Tensor) -> Tensor | None:
+    """The weights over the candidates of the layer that is read, ``(N, S)``, also where Python knows the candidate."""
+    source, weights = static_source(layer)
+    if layer.reads_from is None or not isinstance(source, int):
+        return weights
+    return _certain(like, source, len(layer.reads_from.channels))
+
+
+def _certain(like: Tensor, index: int, size: int) -> Tensor:
+    """Weights ``(N, size)`` of samples that all take candidate ``index``."""
+    return one_hot(torch.full((len(like),), index, device=like.device), size).to(like.dtype)
 
 
 def _read(layer: DynamicConv, x: Tensor, i: int, j: int, learned: int = 0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -110,6 +111,29 @@ def test_the_efficiency_loss(absorb):
     for name, gradient in found["eager"][1].items():
         assert torch.allclose(gradient, found["capturable"][1][name], atol=1e-7), name
     assert any(gradient.abs().max() > 1e-3 for gradient in found["eager"][1].values())
+
+
+@pytest.mark.parametrize("absorb", [True, False])
+@pytest.mark.parametrize("gates", ["settled", "one of them", "undecided"])
+def test_costs_while_gates_rest(absorb, gates):
+    """What the efficiency loss records, and what whoever observes inference is told, as outside."""
+    model, x = undecided(absorb=absorb)
+    if gates != "undecided":
+        settle(model)
+    if gates == "one of them":
+        model.b.gate.threshold.zero_()
+    found = {}
+    for kind in ("eager", "capturable"):
+        net = copy.deepcopy(model)  # training moves the norms' statistics
+        loss = redconvert.EfficiencyLoss(net)
+        with redconvert.resting_gates(net), redconvert.capturable(net) if kind == "capturable" else nullcontext():
+            found[kind] = [loss.cost(len(net(x)))]
+            seen = []
+            with redconvert.observed(net.eval(), lambda layer, call, seen=seen: seen.append(call.decisions)):
+                net(x)
+            found[kind].append(seen)
+    torch.testing.assert_close(found["capturable"][0], found["eager"][0])
+    assert found["capturable"][1] == found["eager"][1]
 
 
 def test_which_gates_are_settled():
