@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import asking_again, images, resnet56
+from cifar import accuracy, asking_again, images, resnet56
 from cifar_resnet56 import ROWS as STARTS
 from cifar_resnet56 import TOTALS, Setting, absorbed, dynamic, measure, spread, summary
 from common import RESULTS, environment, write
@@ -188,7 +188,7 @@ class Runner:
         torch.backends.cudnn.allow_tf32 = False
         self.model.eval()
         answers = torch.cat([self.model(x).argmax(1) for x in pixels.split(1000)])
-        return float((answers == labels).double().mean())
+        return round(float((answers == labels).double().mean()), 5)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -328,7 +328,8 @@ def finish(arguments: argparse.Namespace) -> None:
     setting = Setting(arguments, seed=0)
     result = json.loads(out.read_text()) if out.exists() else {"what": __doc__.split("\n")[0], "rows": {}}
     result |= {key: trained[key] for key in ("schedule", "device", "torch", "date", "epoch_s", "replay_ms")}
-    result["on_the_gpu"], result["losses"] = trained["rows"], trained["history"]
+    result["schedule"]["network"], result["losses"] = arguments.network, trained["history"]
+    result.setdefault("original", {"accuracy": accuracy(setting.original, *setting.test)})
     states = torch.load(arguments.work / "trained.pt", weights_only=True)
     for name, seeds in trained["rows"].items():
         start = json.loads((arguments.work / name.split(",")[0].replace(" ", "-") / "start.json").read_text())
@@ -344,6 +345,10 @@ def finish(arguments: argparse.Namespace) -> None:
             print(name, seed, done[seed]["end"], flush=True)
     asked = {name: blended(rows) for name, rows in result["rows"].items() if "spread" in rows.get("0", {})}
     write(result | {"asking_summary": asked, "finished_on": environment(0)}, out)
+    if arguments.plot:
+        from plots import accuracy_against_macs
+
+        accuracy_against_macs(result, arguments.plot)
 
 
 def look(arguments: argparse.Namespace, setting: Setting, name: str, state: dict[str, Tensor]) -> dict[str, Any]:
@@ -381,6 +386,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="train: a folder; finish: a JSON file")
+    parser.add_argument("--plot", type=Path, help="finish: draw accuracy against executed MACs")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seconds", type=float, help="train: as many epochs as fit, by the time of the first steps")
