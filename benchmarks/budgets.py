@@ -4,9 +4,9 @@
 
 Full, half or a quarter of the channels of every 3x3 convolution, calibrated on 1,000 training images without labels.
 For each budget: right answers on the first 2,000 test images after the budget, and after one more round of calibration
-under it, and what the test images cost. "absorbed" and "principal" are by layers, too, with ``absorb=True`` or
-``cheap="principal"``, 3/4, half or a quarter of the channels, and all images for the second calibration. JSON is
-written after every row; a row that is in it already is not run again.
+under it, and what the test images cost. "absorbed", "principal" and "both" are by layers, too, with ``absorb=True``,
+``cheap="principal"`` and with both, 3/4, half or a quarter of the channels, and all images for the second calibration.
+JSON is written after every row; a row that is in it already is not run again.
 """
 
 from __future__ import annotations
@@ -55,12 +55,15 @@ def main() -> None:
     redconvert.calibrate(principal, batches)
     networks = {"layers": (layers, "layers"), "inputs": (inputs, "gates"), "absorbed": (absorbed, "layers")}
     networks["principal"] = principal, "layers"
+    both = convert(model, **{**ABSORBED, "cheap": "principal"})
+    redconvert.calibrate(both, batches)
+    networks["both"] = both, "layers"
     for budget in arguments.budgets:
         for name, (network, by) in networks.items():
             key = f"{name} {budget:g}"
             if key not in result["rows"]:
                 result["rows"][key] = row = run(
-                    copy.deepcopy(network), budget, by, batches, test, name in ("absorbed", "principal")
+                    copy.deepcopy(network), budget, by, batches, test, name in ("absorbed", "principal", "both")
                 )
                 write(result | environment(arguments.seed), arguments.out)
                 print(key, json.dumps(row), flush=True)

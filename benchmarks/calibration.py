@@ -40,6 +40,7 @@ ROWS = {
     "for the answer, principal, one pass": ("principal", 1000, 0, False),
     "for the answer, principal, one pass, matched variance": ("principal", 1000, 0, True),
     "for the answer, principal, one pass, matched variance, 100 images": ("principal", 100, 0, True),
+    "for the answer, principal, 1 round, matched variance": ("principal", 1000, 1, True),
 }
 
 
