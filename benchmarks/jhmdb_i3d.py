@@ -1,6 +1,5 @@
-"""I3D on J-HMDB: dynamic against dense at equal epochs, and what calibration alone keeps of its answers.
+"""I3D on J-HMDB: dynamic against dense at equal epochs.
 
-    python benchmarks/jhmdb_i3d.py --agreement      # Kinetics weights, no training: same top-1 for fewer MACs
     python benchmarks/jhmdb_i3d.py                  # finetuned on split 1
     python benchmarks/jhmdb_i3d.py --base-epochs 1 --epochs 1 --per-class 4 --rows dense "both 0.6"   # quick
     python benchmarks/jhmdb_i3d.py --device cuda --frames 16 --size 112 --batch 16 --base-epochs 10 --epochs 6 \
@@ -25,7 +24,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import get_context
@@ -34,7 +33,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from common import RESULTS, environment, write
-from plots import agreement_against_macs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from training import train
@@ -46,25 +44,6 @@ from redconvert.evaluate import clip_1, rank_correlation, spread_of_macs, video_
 
 CALIBRATION_CLIPS = 64
 VIDEOS = 2  # at a time for video-1, of 6 views each
-# For --agreement. Channels alone, as every second frame alone loses the answers; two layers hold half of the MACs, and
-# halves are too coarse for them. Rebuilt, 1x1x1 convolutions save little, as rebuilding costs as much.
-LARGE_ALONE = dict.fromkeys(("stem.conv2*", "*branch0*", "*conv_a*", "*branch3*", "logits"))
-AGREEING = {
-    "rebuilt": {"shares": (0.875, 0.75, 0.6875, 0.625, 0.5625, 0.5, 0.4375), "rules": LARGE_ALONE},
-    "absorbed": {"shares": (0.875, 0.75, 0.625, 0.5), "absorb": True, "rules": {"logits": None}},
-    "principal": {"cheap": "principal", "shares": (0.875, 0.75, 0.625, 0.5, 0.375, 0.25), "rules": LARGE_ALONE},
-    "principal, sixteenths": {
-        "cheap": "principal",
-        "shares": tuple(i / 16 for i in range(15, 3, -1)),
-        "rules": LARGE_ALONE,
-    },
-    # Mixtures of 1x1x1 filters save where few channels come of many: a product of two thin matrices.
-    "principal, all layers": {
-        "cheap": "principal",
-        "shares": (0.875, 0.75, 0.625, 0.5, 0.375, 0.25),
-        "rules": {"logits": None},
-    },
-}
 ABSORBED_SHARES = (0.75, 0.5)  # what is left out between two layers is saved twice: halves alone are coarse
 
 
@@ -203,65 +182,11 @@ def costs(model: nn.Module, setting: Setting) -> dict[str, Any]:
     }
 
 
-# -- no training ---------------------------------------------------------------------------------------
-
-
-def agreement(arguments: argparse.Namespace, out: Path) -> None:
-    """I3D's Kinetics answers on J-HMDB test clips without training: how many top-1 answers stay as they were."""
-    test, calibration = center_clips("test", 4), center_clips("train", 3)
-    result: dict[str, Any] = {"what": agreement.__doc__, "input": list(test[0][0].shape), "curves": {}}
-    if out.exists():
-        result["curves"] = json.loads(out.read_text()).get("curves", {})
-    result |= {"calibration_clips": sum(map(len, calibration))}
-    base = zoo.create("i3d_kinetics", weights="KINETICS400").eval()
-    for name in arguments.curves:
-        if name not in result["curves"]:
-            result["curves"][name] = _curve(base, AGREEING[name], arguments.budgets, calibration, test)
-            write(result | environment(arguments.seeds[0]), out)
-
-
-def _curve(
-    base: nn.Module, options: dict[str, Any], budgets: list[float], calibration: list[Tensor], test: list[Tensor]
-) -> dict[str, Any]:
-    """Calibrated, then solved for again under each budget."""
-    config = redconvert.ConvertConfig(**{"cheap": "pointwise", "temporal": False, **options})
-    dynamic = redconvert.convert(base, config, example_inputs=test[0][:1])
-    seconds = {"dense_pass": _seconds(lambda: [answer(base, clips) for clips in calibration])}
-    seconds["calibrate"] = _seconds(lambda: redconvert.calibrate(dynamic, calibration, progress=True))
-    begin = time.perf_counter()
-    curve = redconvert.budget_curve(dynamic, calibration, budgets, test=test, refit=True, progress=True)
-    seconds["curve"] = round(time.perf_counter() - begin, 1)
-    print(curve, seconds, flush=True)
-    return curve.to_dict() | {"shares": options["shares"], "seconds": seconds}
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    return round(time.perf_counter() - begin, 1)
-
-
-@torch.no_grad()
-def answer(model: nn.Module, clips: Tensor) -> Tensor:
-    return model(clips)
-
-
-def center_clips(split: str, per_class: int) -> list[Tensor]:
-    """Batches of 8 clips ``(8, 3, 16, 160, 160)``, one of a video, shuffled, as the first few stand for all."""
-    data = JHMDB(split=split, per_class=per_class, num_frames=16, size=160, step=2, clips="center")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-    return list(torch.stack([data[i][0] for i in order]).split(8))
-
-
 # -- all rows ------------------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--agreement", action="store_true", help="no training; Kinetics classes")
-    parser.add_argument("--plot", type=Path, help="of --agreement: a picture of its curves")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.85, 0.8, 0.75, 0.7], help="of --agreement")
-    parser.add_argument("--curves", nargs="+", default=list(AGREEING), choices=AGREEING, help="of --agreement")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--step", type=int, default=2, help="every how many-th frame of the video")
     parser.add_argument("--size", type=int, default=96)
@@ -417,13 +342,6 @@ def mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.agreement:
-        torch.manual_seed(arguments.seeds[0])
-        out = arguments.out or RESULTS / "i3d_agreement.json"
-        agreement(arguments, out)
-        if arguments.plot:
-            agreement_against_macs(json.loads(out.read_text()), arguments.plot)
-        return
     if not train_all(arguments, arguments.out or RESULTS / "jhmdb_i3d.json"):
         sys.exit("a row failed, see above")
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, environment, write
-from jhmdb_i3d import AGREEING, center_clips
+from i3d_agreement import AGREEING, center_clips
 from plots import answers_against_time
 from torch import Tensor, nn
 
