@@ -107,14 +107,16 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
         return augment(self.pixels[indices]), self.labels[indices]
 
 
-def augment(x: Tensor, padding: int = 4) -> Tensor:
-    """Another crop of each image, of the same size, and every second one mirrored."""
+def augment(x: Tensor, padding: int = 4, generator: torch.Generator | None = None) -> Tensor:
+    """Another crop of each image, of the same size, and every second one mirrored, where the images are."""
     N, _, H, W = x.shape
-    top, left = torch.randint(2 * padding + 1, (2, N, 1))
-    rows, columns = top + torch.arange(H), left + torch.arange(W)
-    columns = torch.where(torch.rand(N, 1) < 0.5, columns, columns.flip(1))
+    random: dict[str, Any] = {"generator": generator, "device": x.device}
+    top, left = torch.randint(2 * padding + 1, (2, N, 1), **random)
+    sample, rows, columns = (torch.arange(size, device=x.device) for size in (N, H, W))
+    rows, columns = top + rows, left + columns
+    columns = torch.where(torch.rand(N, 1, **random) < 0.5, columns, columns.flip(1))
     padded = F.pad(x, [padding] * 4)
-    crops = padded[torch.arange(N)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    crops = padded[sample[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return crops.permute(0, 3, 1, 2).contiguous()  # indexing left (N, H, W, 3)
 
 

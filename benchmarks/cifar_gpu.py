@@ -5,8 +5,8 @@
     python benchmarks/cifar_gpu.py finish --data FOLDER --work WORK             # CPU: MACs, spread, asking again; JSON
 
 Networks so small keep a GPU waiting for launches, and Python for the GPU: each row's forward and backward pass is a
-CUDA graph (`redconvert.capturable`), and each row has a stream of its own. All rows of a seed see the same batches and
-the same teacher's answers. Where a budget by layers has settled the gates they rest; the rows with "gates learn"
+CUDA graph (`redconvert.CapturedPasses`), and each row has a stream of its own. All rows of a seed see the same batches
+and the same teacher's answers. Where a budget by layers has settled the gates they rest; the rows with "gates learn"
 train them in every step, with the efficiency loss. ``--device cpu`` runs the same without graphs, to try it out.
 """
 
@@ -15,20 +15,18 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import accuracy, asking_again, images, resnet56
+from cifar import accuracy, asking_again, augment, images, resnet56
 from cifar_resnet56 import ROWS as STARTS
-from cifar_resnet56 import TOTALS, Setting, absorbed, dynamic, measure, spread, summary
+from cifar_resnet56 import TOTALS, Setting, absorbed, dynamic, measure, over_seeds, spread, summary
 from common import RESULTS, environment, write
 from torch import Tensor, nn
-from torch.nn import functional as F
-from training import groups_of, is_dynamic
+from training import backward, groups_of, is_dynamic
 
 import redconvert
 from redconvert.cost.measure import static_macs
@@ -112,20 +110,9 @@ class Batches:
         if step % count == 0:
             self.order = torch.randperm(len(self.pixels), generator=self.generator, device=self.pixels.device)
         chosen = self.order[step % count * self.size :][: self.size]
-        self.x.copy_(self._augmented(self.pixels[chosen]))
+        self.x.copy_(augment(self.pixels[chosen], generator=self.generator))
         self.y.copy_(self.labels[chosen])
         self.taught.copy_(self.teacher(self.x))
-
-    def _augmented(self, x: Tensor, padding: int = 4) -> Tensor:
-        """Another crop of each image, and every second one mirrored; as `cifar.augment`, on the device."""
-        N, _, H, W = x.shape
-        options: dict[str, Any] = {"generator": self.generator, "device": x.device}
-        top, left = torch.randint(2 * padding + 1, (2, N, 1), **options)
-        rows, columns = (start + torch.arange(size, device=x.device) for start, size in ((top, H), (left, W)))
-        columns = torch.where(torch.rand(N, 1, **options) < 0.5, columns, columns.flip(1))
-        padded = F.pad(x, [padding] * 4)
-        sample = torch.arange(N, device=x.device)[:, None, None]
-        return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 class Runner:
@@ -171,16 +158,17 @@ class Runner:
 
     def _passes(self) -> None:
         """``(1 - d) CE + d t^2 KL(teacher) + weight * L_e``, forward and backward; gradients end in ``.grad``."""
-        scores, distill = self.model(self.given.x), self.distill
-        loss = distill * redconvert.distillation_loss(scores, self.given.taught, self.arguments.temperature)
-        if distill < 1:
-            loss = loss + (1 - distill) * F.cross_entropy(scores, self.given.y)
-        self.losses[0] = loss.detach()
-        if self.efficiency is not None:
-            loss = loss + self.arguments.efficiency * self.efficiency(scores, self.given.y)
-            assert self.efficiency.costs is not None
-            self.losses[1] = self.efficiency.costs.mean()
-        loss.backward()
+        scores, given, arguments = self.model(self.given.x), self.given, self.arguments
+        backward(
+            scores,
+            given.y,
+            given.taught,
+            self.distill,
+            arguments.temperature,
+            self.efficiency,
+            arguments.efficiency,
+            self.losses,
+        )
 
     @torch.no_grad()
     def accuracy(self, pixels: Tensor, labels: Tensor) -> float:
@@ -195,7 +183,7 @@ def train(arguments: argparse.Namespace) -> None:
     """All rows, epoch by epoch; a row that cannot be captured is left out, with its reason."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     device, begin = torch.device(arguments.device), time.perf_counter()
-    out: dict[str, Any] = {"schedule": schedule(arguments), "rows": {}, **environment(0), **card(device)}
+    out: dict[str, Any] = {"schedule": schedule(arguments), "rows": {}, **environment(0, device)}
     pixels, labels = (each[: arguments.images].to(device) for each in images(arguments.data, "train"))
     test = [each[: arguments.test_images].to(device) for each in images(arguments.data, "test")]
     test[0] = test[0].contiguous(memory_format=torch.channels_last)
@@ -309,10 +297,6 @@ def keep(runners: list[Runner], loaded: dict[str, nn.Module], folder: Path) -> N
     torch.save(found, folder / "trained.pt")
 
 
-def card(device: torch.device) -> dict[str, Any]:
-    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
-
-
 def schedule(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = ("epochs", "images", "batch", "lr", "gate_lr", "efficiency", "distill", "temperature", "test_images")
     return {key: getattr(arguments, key) for key in keys}
@@ -363,18 +347,12 @@ def look(arguments: argparse.Namespace, setting: Setting, name: str, state: dict
 
 
 def blended(rows: dict[str, Any]) -> dict[str, Any]:
-    """Mean and spread over seeds of asking again with both answers blended, by total budget."""
+    """Of asking again with both answers blended, by total budget."""
     found = {}
-    for total in {total for row in rows.values() for total in row["asking_again"] if total != "alone"}:
+    for total in sorted({total for row in rows.values() for total in row["asking_again"]} - {"alone"}):
         each = [row["asking_again"][total] for row in rows.values() if total in row["asking_again"]]
-        right = [one["blended"] for one in each]
-        found[total] = {
-            "accuracy": round(statistics.mean(right), 4),
-            "std": round(statistics.stdev(right), 4) if len(right) > 1 else None,
-            "share_of_dense_macs": round(statistics.mean(one["share_of_dense_macs"] for one in each), 4),
-            "seeds": len(each),
-        }
-    return dict(sorted(found.items()))
+        found[total] = over_seeds(each, "blended")
+    return found
 
 
 # -- all of it -----------------------------------------------------------------------------------------

@@ -261,14 +261,19 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for name, seeds in rows.items():
         ends = [row["end"] for row in seeds.values()]
         if ends:
-            right = [end["accuracy"] for end in ends]
-            found[name] = {
-                "accuracy": round(statistics.mean(right), 4),
-                "std": round(statistics.stdev(right), 4) if len(right) > 1 else None,
-                "share_of_dense_macs": round(statistics.mean(end["share_of_dense_macs"] for end in ends), 4),
-                "seeds": len(ends),
-            }
+            found[name] = over_seeds(ends)
     return found
+
+
+def over_seeds(ends: list[dict[str, Any]], accuracy: str = "accuracy") -> dict[str, Any]:
+    """Mean and spread of what ``accuracy`` names, and the mean cost."""
+    right = [end[accuracy] for end in ends]
+    return {
+        "accuracy": round(statistics.mean(right), 4),
+        "std": round(statistics.stdev(right), 4) if len(right) > 1 else None,
+        "share_of_dense_macs": round(statistics.mean(end["share_of_dense_macs"] for end in ends), 4),
+        "seeds": len(ends),
+    }
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def environment(seed: int) -> dict[str, Any]:
-    """Versions, device and what it computes with (AVX2, AVX512), seed and date of this run."""
+def environment(seed: int, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Versions, device (a GPU's name), what the CPU computes with (AVX2, AVX512), seed and date of this run."""
+    device = torch.device(device)
     return {
         "torch": torch.__version__,
-        "device": "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "seed": seed,

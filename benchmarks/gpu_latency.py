@@ -243,7 +243,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.benchmark_limit = options.benchmark_limit
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    result = {"what": __doc__.split("\n")[0], **environment(options.seed), **machine(device), "runs": {}}
+    result = {"what": __doc__.split("\n")[0], **environment(options.seed, device), **machine(device), "runs": {}}
     with warnings.catch_warnings(record=True) as warned, torch.no_grad():
         warnings.simplefilter("default")
 
@@ -277,7 +277,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {}
     found = {
-        "device": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }

@@ -228,7 +228,7 @@ def train_all(arguments: argparse.Namespace, out: Path) -> bool:
                 elif result:
                     found[seed]["rows"][name] = result
                 failed += result is None
-                write(head | layout(found) | environment(seeds[0]) | {"device": device_name(arguments.device)}, out)
+                write(head | layout(found) | environment(seeds[0], arguments.device), out)
     return not failed
 
 
@@ -301,10 +301,6 @@ def schedule(arguments: argparse.Namespace) -> dict[str, Any]:
 def folder(arguments: argparse.Namespace, seed: int) -> Path:
     """Of a seed's networks."""
     return arguments.work / f"seed{seed}" if len(arguments.seeds) > 1 else arguments.work
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 # -- the file ------------------------------------------------------------------------------------------

@@ -94,14 +94,28 @@ def _losses(
     y: Any,
     found: Tensor,
 ) -> None:
-    """Forward and backward; what is recorded, the task's loss and the mean cost, goes into ``found``."""
-    distill = distill if teacher is not None else 0.0
+    """Forward and backward."""
+    distill, taught = distill if teacher is not None else 0.0, None
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
         scores = model(x)
         if distill:
             with torch.no_grad():
                 taught = teacher(_fast_layout(x))
-    loss = torch.zeros((), device=x.device)
+    backward(scores, y, taught, distill, temperature, efficiency, weight, found)
+
+
+def backward(
+    scores: Tensor,
+    y: Any,
+    taught: Any,
+    distill: float,
+    temperature: float,
+    efficiency: Any,
+    weight: float,
+    found: Tensor,
+) -> None:
+    """The loss, backward; what is recorded, the task's loss and the mean cost, goes into ``found``."""
+    loss = torch.zeros((), device=scores.device)
     if distill < 1:
         loss = loss + (1 - distill) * F.cross_entropy(scores.float(), y)
     if distill:

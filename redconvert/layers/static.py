@@ -46,7 +46,7 @@ def run_static(layer: DynamicConv, x: Tensor) -> Tensor:
         if layer.hands_to is not None:
             layer.hands_to.static = weights.channel, weights.channel
         out = mixed(layer, x, weights)
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # a graph of theirs tells nobody
+        if _tells(layer):
             layer.tell(x, out, weights, [FULL] * len(weights.channel), _told_source(layer, weights.channel))
         return out
     return _run_chosen(layer, x, _choices(layer, x, pooled, known))
@@ -82,9 +82,14 @@ def _run_chosen(layer: DynamicConv, x: Tensor, choices: Sequence[Choice]) -> Ten
     return layer.from_clips(z)
 
 
+def _tells(layer: DynamicConv) -> bool:
+    """Whether somebody listens: a graph of a compiler's tells nobody."""
+    return bool(layer.observers) and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
 def _tell_known(layer: DynamicConv, x: Tensor, out: Tensor, channel: int, temporal: int) -> None:
-    """Tell observers what a resting gate is known to decide. A compiler's graph tells nobody."""
-    if not layer.observers or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Tell observers what a resting gate is known to decide."""
+    if not _tells(layer):
         return
     num_samples = x.shape[0] // layer.frames_per_sample
     sizes = (len(layer.candidates.channels), len(layer.candidates.strides))
