@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from training import is_dynamic
 
 import redconvert
 from redconvert.cascade import margin
+from redconvert.cost import dense_macs
 from redconvert.evaluate import spread_of_macs
 
 
@@ -152,13 +154,13 @@ def asking_again(
     """The first pass alone, and `redconvert.cascade` at each total budget that it leaves room for.
 
     Args:
+        little: a dynamic network, or a pruned one: `redconvert.cascade` is for dynamic ones, which this asks alike.
         held_out: batches without labels that choose the thresholds; not the test images.
         totals: shares of the dense multiply-adds; so are the costs, which are those of the test images.
         big: what is asked again; None: the network itself, dense.
     """
     pixels, labels = test
-    spread = spread_of_macs(little, list(pixels[:500].split(100)))
-    alone = spread.mean / float(spread.dense.mean())
+    alone = _share_of_macs(little, pixels[:500], big)
     first = _answers(little, pixels)
     right = _right(first.argmax(1), labels)
     row: dict[str, Any] = {"alone": {"accuracy": right, "share_of_dense_macs": round(alone, 4)}}
@@ -168,10 +170,10 @@ def asking_again(
     for total in totals:
         if total <= alone:
             continue
-        both = redconvert.cascade(little, held_out, total, big=big)
-        again = sure < both.threshold
+        threshold = _threshold(little, held_out, total, big, alone)
+        again = sure < threshold
         asked = float(again.double().mean())
-        # What `both` gives, with fewer passes: the second answer alone, and blended with the first.
+        # What the cascade gives, with fewer passes: the second answer alone, and blended with the first.
         answers, blended = (
             torch.where(again, scores.argmax(1), first.argmax(1)) for scores in (second, second.lerp(first, BLEND))
         )
@@ -180,9 +182,28 @@ def asking_again(
             "blended": _right(blended, labels),
             "share_of_dense_macs": round(alone + asked, 4),
             "asked_again": round(asked, 4),
-            "threshold": round(float(both.threshold), 4),
+            "threshold": round(threshold, 4),
         }
     return row
+
+
+def _share_of_macs(little: nn.Module, pixels: Tensor, big: nn.Module | None) -> float:
+    """Mean executed multiply-adds of the first pass, as a share of the dense network's."""
+    if is_dynamic(little):
+        spread = spread_of_macs(little, list(pixels.split(100)))
+        return spread.mean / float(spread.dense.mean())
+    if big is None:
+        raise ValueError("a network without dynamic layers has no dense form of its own to ask: pass big")
+    return dense_macs(little, pixels[:1]).total / dense_macs(big, pixels[:1]).total
+
+
+def _threshold(little: nn.Module, held_out: list[Tensor], total: float, big: nn.Module | None, alone: float) -> float:
+    """Of the margin, such that of ``held_out`` as many lie below as ``total`` pays for."""
+    if is_dynamic(little):
+        return float(redconvert.cascade(little, held_out, total, big=big).threshold)
+    # As `redconvert.cascade`: the largest threshold below which no more than this share lies; nobody is surer than 1.
+    sure = torch.cat([margin(_answers(little, batch)) for batch in held_out]).double().sort().values
+    return float(torch.cat([sure, sure.new_tensor([2.0])])[int(min(total - alone, 1.0) * len(sure) + 1e-9)])
 
 
 @torch.no_grad()

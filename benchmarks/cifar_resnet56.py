@@ -27,7 +27,7 @@ import torch
 from cifar import ABSORBED, HELD_OUT, accuracy, asking_again, batches, convert, images, resnet56, vgg16_bn
 from common import RESULTS, environment, write
 from torch import nn
-from training import train
+from training import is_dynamic, train
 
 import redconvert
 from redconvert.cost import dense_macs
@@ -42,11 +42,12 @@ TOTALS = (0.35, 0.4, 0.45, 0.48, 0.49, 0.5, 0.55, 0.6, 0.65, 0.7)
 
 @dataclass
 class Candidate:
-    """A network before training: how it runs, and what its gates pay."""
+    """A network before training: how it runs, what its gates pay, and whether it asks the original where unsure."""
 
     model: nn.Module
     running: Callable[[], AbstractContextManager[Any]] = nullcontext
     target: float | None = None
+    asks: bool = False
 
 
 # -- rows: how each network comes about ----------------------------------------------------------------
@@ -59,7 +60,7 @@ def dense(setting: Setting) -> Candidate:
 def pruned(setting: Setting, share: float, method: str) -> Candidate:
     from pruning import prune
 
-    return Candidate(prune(setting.original, setting.train[0][:1], share, method)[0])
+    return Candidate(prune(setting.original, setting.train[0][:1], share, method)[0], asks=True)
 
 
 def half(setting: Setting, cheap: str, calibrated: bool) -> Candidate:
@@ -77,7 +78,7 @@ def dynamic(setting: Setting, target: float, gate: str = "hard", **config: Any) 
     redconvert.set_budget(network, target, setting.calibration[:2])
     redconvert.calibrate(network, setting.calibration, rounds=1, decisions="gates")
     redconvert.keep_budget(network)
-    return Candidate(network, target=target)
+    return Candidate(network, target=target, asks=True)
 
 
 def absorbed(setting: Setting, target: float) -> Candidate:
@@ -87,7 +88,7 @@ def absorbed(setting: Setting, target: float) -> Candidate:
     redconvert.set_budget(network, target, setting.calibration[:3])
     redconvert.calibrate(network, setting.calibration, decisions="gates")
     redconvert.keep_budget(network)
-    return Candidate(network, target=target)
+    return Candidate(network, target=target, asks=True)
 
 
 ROWS: dict[str, Callable[[Setting], Candidate]] = {
@@ -145,11 +146,12 @@ def run(setting: Setting, name: str) -> dict[str, Any]:
         row["prepared_s"] = round(time.perf_counter() - begin, 1)
         row["epochs"] = train_row(candidate, setting)
         row["end"] = measure(model, setting)
+    if setting.arguments.save:
+        keep(model, setting.arguments.save / f"{name} {setting.seed}".replace(" ", "-"))
+    if candidate.asks:
+        row["asking_again"] = asking_again(model, *setting.held_out, TOTALS, setting.original)
     if candidate.target is not None:
         row["spread"] = spread(model, setting)
-        row["asking_again"] = asking_again(model, *setting.held_out, TOTALS, setting.original)
-        if setting.arguments.save:
-            redconvert.save_pretrained(model, setting.arguments.save / f"{name} {setting.seed}".replace(" ", "-"))
         row["curve"] = {}
         for budget in (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8):
             try:
@@ -159,6 +161,15 @@ def run(setting: Setting, name: str) -> dict[str, Any]:
             row["curve"][budget] = measure(model, setting, quick)
     row["seconds"] = round(time.perf_counter() - begin, 1)
     return row
+
+
+def keep(model: nn.Module, folder: Path) -> None:
+    """A trained network; a pruned one has a class of its own, and is pickled."""
+    if is_dynamic(model):
+        redconvert.save_pretrained(model, folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model, folder / "network.pt")
 
 
 def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
@@ -184,7 +195,7 @@ def measure(model: nn.Module, setting: Setting, count: int | None = None) -> dic
     """Accuracy on the test images (the first ``count``) and the executed share of the original's MACs."""
     model.eval()
     pixels, labels = (each[:count] for each in setting.test)
-    if any(isinstance(m, redconvert.DynamicConv2d) for m in model.modules()):
+    if is_dynamic(model):
         found = spread_of_macs(model, list(pixels[: setting.arguments.cost_images].split(100)))
         share = found.mean / found.dense.mean()
     else:
@@ -222,7 +233,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--quick-images", type=int, default=2000, help="test images before training and on curves")
     parser.add_argument("--cost-images", type=int, default=1000, help="test images whose MACs are counted")
-    parser.add_argument("--save", type=Path, help="keep trained dynamic networks in this folder")
+    parser.add_argument("--save", type=Path, help="keep trained networks in this folder")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="picture of all rows in the JSON")
     return parser.parse_args()

@@ -68,9 +68,10 @@ class FoldedGate:
 
     def _read_thresholds(self) -> None:
         """Whatever was made of other thresholds is made anew."""
-        if self._version == self.gate.threshold._version:
+        version = self.gate._buffers["threshold"]._version  # type: ignore[union-attr]  # as .threshold, at once
+        if self._version == version:
             return
-        self._version = self.gate.threshold._version
+        self._version = version
         self._layers.clear()
         settled = self.gate.settled()
         self._constant = None if settled is None else Decision(*settled)

@@ -178,6 +178,20 @@ static inline vec load_bf16(const uint16_t *from) {
 REDUCE(f32)
 REDUCE(bf16)
 
+#define FEW 32768 /* numbers that one thread has read before others are awake */
+
+/* to[h] += sum over c of x[c] w[c][h], four at once: each sum waits for itself */
+static void times(const float *x, const float *w, int64_t channels, int64_t hidden, float *to) {
+    float part[4][HIDDEN] = {{0}};
+    int64_t c = 0;
+    for (; c + 4 <= channels; c += 4)
+        for (int q = 0; q < 4; q++)
+            for (int64_t h = 0; h < hidden; h++) part[q][h] += x[c + q] * w[(c + q) * hidden + h];
+    for (; c < channels; c++)
+        for (int64_t h = 0; h < hidden; h++) part[0][h] += x[c] * w[c * hidden + h];
+    for (int64_t h = 0; h < hidden; h++) to[h] += (part[0][h] + part[1][h]) + (part[2][h] + part[3][h]);
+}
+
 #define DEFINE(T, E)                                                                                               \
     void assemble_##T(const E *y, int64_t k, const E *z, int64_t d, const float *w, const int32_t *pieces,         \
                       int64_t num_pieces, const int32_t *source, const float *scale, const float *shift,           \
@@ -279,23 +293,33 @@ REDUCE(bf16)
     }                                                                                                              \
     void gate_##T(const E *x, int64_t frames, int64_t rows, int64_t channels, const float *w1, const float *b1,    \
                   int64_t hidden, const float *w2, const float *b2, int64_t outs, float *z) {                      \
-        float total[HIDDEN] = {0};                                                                                 \
-        FOR_EACH_PART(frames, rows)                                                                                \
-            float sum[LIMIT], mine[HIDDEN] = {0};                                                                  \
-            memset(sum, 0, sizeof(float) * channels);                                                              \
-            const int64_t quarter = (last - first) / 4 * channels;                                                 \
-            const E *from = x + (frame * rows + first) * channels, *end = from + quarter;                          \
-            for (; from < end; from += channels)                                                                   \
-                for (int64_t c = 0; c < channels; c++)                                                             \
-                    sum[c] += (LOAD_##T(from[c]) + LOAD_##T(from[quarter + c])) +                                  \
-                              (LOAD_##T(from[2 * quarter + c]) + LOAD_##T(from[3 * quarter + c]));                 \
-            from += 3 * quarter;                                                                                   \
-            for (int64_t r = (last - first) / 4 * 4; r < last - first; r++, from += channels)                      \
-                for (int64_t c = 0; c < channels; c++) sum[c] += LOAD_##T(from[c]);                                \
-            const float *w = w1 + frame * channels * hidden;                                                       \
-            for (int64_t c = 0; c < channels; c++)                                                                 \
-                for (int64_t h = 0; h < hidden; h++) mine[h] += sum[c] * w[c * hidden + h];                        \
-            _Pragma("omp critical") for (int64_t h = 0; h < hidden; h++) total[h] += mine[h] / rows;               \
+        float total[HIDDEN] = {0}, whole[LIMIT];                                                                   \
+        const int apart = frames >= 8; /* then each frame multiplies its own mean; of fewer, one thread all of them */\
+        for (int64_t frame = 0; frame < (apart ? 1 : frames); frame++) {                                           \
+            if (!apart) memset(whole, 0, sizeof(float) * channels);                                                \
+            const int64_t jobs = apart ? frames : 8, few = rows * channels < FEW;                                  \
+            _Pragma("omp parallel for schedule(static) if (apart || !few)") for (int64_t job = 0; job < jobs; job++) {\
+                const int64_t first = apart ? 0 : rows * job / 8, last = apart ? rows : rows * (job + 1) / 8;      \
+                float sum[LIMIT], mine[HIDDEN] = {0};                                                              \
+                memset(sum, 0, sizeof(float) * channels);                                                          \
+                const int64_t quarter = (last - first) / 4 * channels;                                             \
+                const E *from = x + ((apart ? job : frame) * rows + first) * channels, *end = from + quarter;      \
+                for (; from < end; from += channels)                                                               \
+                    for (int64_t c = 0; c < channels; c++)                                                         \
+                        sum[c] += (LOAD_##T(from[c]) + LOAD_##T(from[quarter + c])) +                              \
+                                  (LOAD_##T(from[2 * quarter + c]) + LOAD_##T(from[3 * quarter + c]));             \
+                from += 3 * quarter;                                                                               \
+                for (int64_t r = (last - first) / 4 * 4; r < last - first; r++, from += channels)                  \
+                    for (int64_t c = 0; c < channels; c++) sum[c] += LOAD_##T(from[c]);                            \
+                if (apart) times(sum, w1 + job * channels * hidden, channels, hidden, mine);                       \
+                _Pragma("omp critical") {                                                                          \
+                    if (apart)                                                                                     \
+                        for (int64_t h = 0; h < hidden; h++) total[h] += mine[h] / rows;                           \
+                    else                                                                                           \
+                        for (int64_t c = 0; c < channels; c++) whole[c] += sum[c] / rows;                          \
+                }                                                                                                  \
+            }                                                                                                      \
+            if (!apart) times(whole, w1 + frame * channels * hidden, channels, hidden, total);                     \
         }                                                                                                          \
         for (int64_t o = 0; o < outs; o++) z[o] = b2[o];                                                           \
         for (int64_t h = 0; h < hidden; h++) {                                                                     \

@@ -251,20 +251,23 @@ class GateLayers:
 
     def __call__(self, x: Tensor, pooled: Tensor | None = None) -> Tensor:
         """``x (N, T, H, W, C)``, or ``pooled (N, T, C)``, which is mean(x), where it is known: ``z (N, outs)``."""
-        x = x if pooled is None else pooled[:, :, None, None].to(self.w1.dtype)
-        N, T, H, W, C = x.shape
-        function = _function("gate", x, C) if self.b1.shape[0] <= HIDDEN else None
+        given = x if pooled is None else pooled if pooled.dtype == self.w1.dtype else pooled.to(self.w1.dtype)
+        function = _function("gate", given, given.shape[-1]) if self.b1.shape[0] <= HIDDEN else None
         if function is None:
-            z = self._on_gpu(x)
-            if z is not None:
-                return z
-            pooled = x.flatten(2, 3).mean(2, dtype=self.w1.dtype if x.is_cuda else None)
-            hidden = torch.addmm(self.b1, pooled.flatten(1).to(self.w1.dtype), self.w1).tanh_()
-            return torch.addmm(self.b2, hidden, self.w2)
-        z = self.b2.new_empty(N, self.b2.shape[0])
-        for sample, out in ((x, z),) if N == 1 else zip(x, z, strict=True):
-            function(*addresses(sample), T, H * W, C, *self._weights, *addresses(out))
+            return self._in_pytorch(x if pooled is None else given[:, :, None, None])
+        N, T, C = given.shape[0], given.shape[1], given.shape[-1]
+        z, positions = self.b2.new_empty(N, self.b2.shape[0]), math.prod(given.shape[2:-1])
+        for sample, out in ((given, z),) if N == 1 else zip(given, z, strict=True):
+            function(*addresses(sample), T, positions, C, *self._weights, out.data_ptr())
         return z
+
+    def _in_pytorch(self, x: Tensor) -> Tensor:
+        z = self._on_gpu(x)
+        if z is not None:
+            return z
+        pooled = x.flatten(2, 3).mean(2, dtype=self.w1.dtype if x.is_cuda else None)
+        hidden = torch.addmm(self.b1, pooled.flatten(1).to(self.w1.dtype), self.w1).tanh_()
+        return torch.addmm(self.b2, hidden, self.w2)
 
     def _on_gpu(self, x: Tensor) -> Tensor | None:
         """In two kernels; None where there are none."""

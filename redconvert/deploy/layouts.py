@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["as_clips", "as_images", "as_rows", "blocked_filter", "channels_last", "from_rows", "in_blocks", "to_rows"]
+__all__ = [
+    "as_clips",
+    "as_images",
+    "as_rows",
+    "blocked_filter",
+    "channels_last",
+    "from_rows",
+    "in_blocks",
+    "to_rows",
+    "views",
+]
+
+View = Callable[[Tensor], Tensor]
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -30,13 +42,24 @@ def from_rows(rows: Tensor) -> Tensor:
     return rows.permute(0, 4, 1, 2, 3)
 
 
-def as_images(form: str, x: Tensor) -> Tensor:
-    """Clips as the tensor that a form convolves: a view."""
+def views(form: str, shape: Sequence[int]) -> tuple[View, View]:
+    """From clips of this shape to the tensor that a form convolves, and from its result to clips: both are views."""
+    N, _, T, H, W = shape
+    if form == "frames" and T == 1:
+        return lambda x: x.squeeze(2), lambda y: y.unsqueeze(2)
     if form == "frames":
-        return x.squeeze(2) if x.shape[2] == 1 else to_rows(x).flatten(0, 1).permute(0, 3, 1, 2)
+        return (
+            lambda x: x.transpose(1, 2).flatten(0, 1),
+            lambda y: y.view(N, -1, *y.shape[1:]).transpose(1, 2),
+        )
     if form == "line":
-        return to_rows(x).flatten(2, 3).permute(0, 3, 1, 2)
-    return x
+        return lambda x: x.flatten(3), lambda y: y.view(*y.shape[:3], H, W)
+    return _itself, _itself
+
+
+def as_images(form: str, x: Tensor) -> Tensor:
+    """Clips as the tensor that a form convolves."""
+    return views(form, x.shape)[0](x)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -45,14 +68,12 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def as_clips(form: str, y: Tensor, x: Tensor) -> Tensor:
-    """What a form returned for clips x as clips: a view."""
-    if form == "frames":
-        if x.shape[2] == 1:
-            return y.unsqueeze(2)
-        return from_rows(y.permute(0, 2, 3, 1).unflatten(0, (*x.shape[:1], -1)))
-    if form == "line":
-        return from_rows(y.permute(0, 2, 3, 1).unflatten(2, x.shape[3:]))
-    return y
+    """What a form returned for clips x as clips."""
+    return views(form, x.shape)[1](y)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def in_blocks(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:

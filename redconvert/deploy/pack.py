@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from . import vectors
 from .gpu_forms import FUSED, GpuConv, bases_of
 from .kernels import pool_into
-from .layouts import as_clips, as_images, as_rows, channels_last, from_rows, to_rows
+from .layouts import as_rows, channels_last, from_rows, to_rows, views
 from .vectors import ACTIVATIONS
 
 __all__ = ["Filter", "PackedConv", "channels_last", "from_rows", "to_rows"]
@@ -28,6 +29,9 @@ TRIALS = 3
 SHAPES = 4  # of the input for which a convolution keeps its packed weights
 
 Triple = tuple[int, int, int]
+Key = tuple[torch.Size, torch.dtype, bool, str, bool]  # of clips; nothing is added; activation; overwriting
+Bound = Callable[[Tensor, Tensor | None], Tensor]
+mkldnn_is_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class PackedConv:
     form: str | None = None  # None: to be timed
     images: bool = False  # the clips are images: 2D kernels do as well or better
     _packed: dict[tuple[str, torch.Size], Tensor] = field(default_factory=dict, repr=False)
+    _bound: dict[Key, Bound] = field(default_factory=dict, repr=False)
     _wide: PackedConv | None = field(default=None, repr=False)
     _gpu: GpuConv | None = field(default=None, repr=False)
 
@@ -92,6 +97,10 @@ class PackedConv:
         means: Tensor | None = None,
     ) -> Tensor:
         """``overwrite``: the result may take the residual's place in memory; ``means``: as in `gives_means`."""
+        key = (x.shape, x.dtype, residual is None, activation, overwrite)
+        bound = self._bound.get(key) if means is None and mkldnn_is_enabled() else None
+        if bound is not None:  # almost always: everything that can be looked up was
+            return bound(x, residual)
         if not self._serves(x):
             run = self._on_gpu if x.is_cuda else self._plain
             y = run(x, residual, activation)
@@ -101,7 +110,11 @@ class PackedConv:
             forms = self._candidates
             self.form = forms[0] if len(forms) == 1 else self._fastest(forms, x, residual, activation, means)
         assert self.form is not None
-        return self._run(self.form, x, residual, activation, overwrite, means)
+        if self.form == "channels":
+            return self._run_channels(x, residual, activation, means)
+        y = self._bind(self.form, key)(x, residual)
+        pool_into(means, to_rows(y))
+        return y
 
     def gives_means(self) -> bool:
         """Whether it adds the means of its result over H and W, ``(N, T_o, C_out)``, to ``means``."""
@@ -150,101 +163,107 @@ class PackedConv:
         for _ in range(TRIALS):
             for form in forms:
                 begin = time.perf_counter()
-                self._run(form, x, residual, activation, means=None if means is None else torch.zeros_like(means))
+                self._run(form, x, residual, activation, None if means is None else torch.zeros_like(means))
                 times[form].append(time.perf_counter() - begin)
         fastest = min(times, key=lambda form: min(times[form]))
         self._packed = {key: packed for key, packed in self._packed.items() if key[0] == fastest}
         return fastest
 
-    def _run(
-        self,
-        form: str,
-        x: Tensor,
-        residual: Tensor | None,
-        activation: str,
-        overwrite: bool = False,
-        means: Tensor | None = None,
-    ) -> Tensor:
+    def _run(self, form: str, x: Tensor, residual: Tensor | None, activation: str, means: Tensor | None) -> Tensor:
+        """One form, as it is timed."""
         if form == "channels":
             return self._run_channels(x, residual, activation, means)
-        if means is not None:  # of another form, while they are timed
-            y = self._run(form, x, residual, activation, overwrite)
-            pool_into(means, to_rows(y))
-            return y
-        if x.dtype == torch.bfloat16 and not BFLOAT16:
-            return self._run_wide(form, x, residual, activation)
-        if form == "rows":
-            return self._run_rows(x, residual, activation)
+        y = self._bind(form, (x.shape, x.dtype, residual is None, activation, False))(x, residual)
+        pool_into(means, to_rows(y))
+        return y
+
+    def _bind(self, form: str, key: Key) -> Bound:
+        """One form for clips of one shape and what follows it: everything but the numbers looked up."""
+        shape, dtype, alone, activation, overwrite = key
+        if dtype == torch.bfloat16 and not BFLOAT16:
+            bound = self._bind_wide(form, key)
+        elif form == "rows":
+            bound = self._bind_rows(shape, alone, activation)
+        else:
+            bound = self._bind_images(form, shape, alone, activation, overwrite)
+        if form == self.form:
+            self._bound[key] = bound
+        return bound
+
+    def _bind_images(self, form: str, shape: torch.Size, alone: bool, activation: str, overwrite: bool) -> Bound:
         f = self.filter
         stride, padding, dilation = (_arguments(form, each) for each in (f.stride, f.padding, f.dilation))
         if form == "line":
             stride, padding, dilation = (stride[0], 1), (padding[0], 0), (dilation[0], 1)
-        image = as_images(form, x)
-        packed, geometry = (
-            self._weight(form, image.shape, stride, padding, dilation),
-            (padding, stride, dilation, f.groups),
-        )
+        view, back = views(form, shape)
+        weight = self._weight(form, view(torch.empty(shape, device="meta")).shape, stride, padding, dilation)
+        after: tuple[Any, ...] = (weight, f.bias, padding, stride, dilation, f.groups)
         operators, act = torch.ops.mkldnn, None if activation == "none" else activation
-        if residual is None:
-            y = operators._convolution_pointwise(image, packed, f.bias, *geometry, activation, [], "")
-            return as_clips(form, y, x)
-        other = as_images(form, residual)
-        sum_and_act: tuple[Any, ...] = ("add", 1.0, act, [], None)
+        if alone:
+            convolve = operators._convolution_pointwise.default
+            return lambda x, _: back(convolve(view(x), *after, activation, [], ""))
+        after = (*after, "add", 1.0, act, [], None)
         if overwrite:
-            y = operators._convolution_pointwise_.binary(other, image, packed, f.bias, *geometry, *sum_and_act)
-        else:
-            y = operators._convolution_pointwise.binary(image, other, packed, f.bias, *geometry, *sum_and_act)
-        return as_clips(form, y, x)
+            add_into = operators._convolution_pointwise_.binary
+            return lambda x, residual: back(add_into(view(residual), view(x), *after))  # type: ignore[arg-type]
+        add = operators._convolution_pointwise.binary
+        return lambda x, residual: back(add(view(x), view(residual), *after))  # type: ignore[arg-type]
 
-    def _run_wide(self, form: str, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    def _bind_wide(self, form: str, key: Key) -> Bound:
         if self._wide is None:
             self._wide = PackedConv(self.filter.to(torch.float32), form, self.images)
-        other = None if residual is None else residual.float()
-        return self._wide._run(form, x.float(), other, activation, overwrite=True).to(x.dtype)
+        shape, dtype, alone, activation, _ = key
+        wide = self._wide._bind(form, (shape, torch.float32, alone, activation, True))
+        return lambda x, residual: wide(x.float(), None if residual is None else residual.float()).to(dtype)
 
-    def _run_rows(self, x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-        f, rows = self.filter, as_rows(x)
-        key = ("rows", rows.shape)
-        if key not in self._packed:
-            weight = f.weight.flatten(1).contiguous()
-            self._keep(key, torch.ops.mkldnn._reorder_linear_weight(weight, len(rows)))
-        operator = torch.ops.mkldnn._linear_pointwise
-        if residual is None:
-            y = operator.default(rows, self._packed[key], f.bias, activation, [], "")
-        else:
-            y = operator.binary(rows, as_rows(residual), self._packed[key], f.bias, "add")
-            y = ACTIVATIONS[activation](y)
-        return from_rows(y.view(*to_rows(x).shape[:4], -1))
+    def _bind_rows(self, shape: torch.Size, alone: bool, activation: str) -> Bound:
+        f, (N, _, T, H, W) = self.filter, shape
+        size, channels = (N, T, H, W, len(f.weight)), f.weight.flatten(1).contiguous()
+        weight = self._keep(("rows", shape), lambda: torch.ops.mkldnn._reorder_linear_weight(channels, N * T * H * W))
+        linear, act = torch.ops.mkldnn._linear_pointwise, ACTIVATIONS[activation]
+        if alone:
+            run = linear.default
+            return lambda x, _: from_rows(run(as_rows(x), weight, f.bias, activation, [], "").view(size))
+        add = linear.binary
+        return lambda x, residual: from_rows(
+            act(add(as_rows(x), as_rows(residual), weight, f.bias, "add")).view(size)  # type: ignore[arg-type]
+        )
 
     def _run_channels(self, x: Tensor, residual: Tensor | None, activation: str, means: Tensor | None) -> Tensor:
-        f, key = self.filter, ("channels", torch.Size())
-        if key not in self._packed:
-            self._keep(key, f.weight.squeeze(1).permute(1, 2, 3, 0).contiguous())
+        f = self.filter
+        weight = self._keep(("channels", torch.Size()), lambda: f.weight.squeeze(1).permute(1, 2, 3, 0).contiguous())
         bias = f.weight.new_zeros(len(f.weight)) if f.bias is None else f.bias
         if residual is None and activation in vectors.CODES:
-            return vectors.depthwise(x, self._packed[key], bias, f.stride, f.padding, activation, means)
-        y = vectors.depthwise(x, self._packed[key], bias, f.stride, f.padding)
+            return vectors.depthwise(x, weight, bias, f.stride, f.padding, activation, means)
+        y = vectors.depthwise(x, weight, bias, f.stride, f.padding)
         y = ACTIVATIONS[activation](y if residual is None else y.add_(residual))
         pool_into(means, to_rows(y))
         return y
 
-    def _keep(self, key: tuple[str, torch.Size], packed: Tensor) -> None:
-        while len(self._packed) >= SHAPES:
-            del self._packed[next(iter(self._packed))]
-        self._packed[key] = packed
+    def _keep(self, key: tuple[str, torch.Size], make: Callable[[], Tensor]) -> Tensor:
+        """What is packed by key; of more than SHAPES the oldest is forgotten, and all that holds on to it."""
+        if key not in self._packed:
+            while len(self._packed) >= SHAPES:
+                del self._packed[next(iter(self._packed))]
+                self._bound.clear()
+            self._packed[key] = make()
+        return self._packed[key]
 
     def _weight(
         self, form: str, shape: torch.Size, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
     ) -> Tensor:
         """The weight in the order that oneDNN wants for this form and shape; another order is mended at every call."""
-        key = (form, shape)
-        if key not in self._packed:
+
+        def pack() -> Tensor:
             weight = self.filter.weight
             weight = weight if form == "conv" else weight.squeeze({"frames": 2, "line": 4}[form])
             reorder = getattr(torch._C._nn, f"mkldnn_reorder_conv{weight.dim() - 2}d_weight")
-            opaque = weight.contiguous().to_mkldnn()
-            self._keep(key, reorder(opaque, padding, stride, dilation, self.filter.groups, shape))
-        return self._packed[key]
+            packed: Tensor = reorder(
+                weight.contiguous().to_mkldnn(), padding, stride, dilation, self.filter.groups, shape
+            )
+            return packed
+
+        return self._keep((form, shape), pack)
 
 
 def _arguments(form: str, values: tuple[int, ...]) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ class Program:
         last = {argument: index for index, node in enumerate(nodes) for argument in node.all_input_nodes}
         self.steps: list[tuple[fx.Node, Callable[[Values], Any], list[fx.Node]]] = []
         self.places = self._parts(nodes)
+        self.clips = {node for node in nodes if self._stays_clip(node)}
         live: set[fx.Node] = set()
         for index, node in enumerate(nodes):
             unused = [value for value in node.all_input_nodes if last[value] == index]
@@ -80,7 +81,8 @@ class Program:
             if isinstance(module, Squeeze):
                 return lambda values: module(values[node.args[0]])  # type: ignore[index]
             if isinstance(module, Pool):
-                return lambda values: on_clips(module, *fx.node.map_arg(node.args, values.__getitem__))
+                call = self._on_clips(module, node)
+                return lambda values: call(*fx.node.map_arg(node.args, values.__getitem__))
             keeps = _keeps_copies(module)
             return lambda values: _apply(module, *_arguments(node, values), keeps)
         if node.op == "call_method":
@@ -101,25 +103,58 @@ class Program:
 
     def _unit(self, unit: Unit, node: fx.Node, live: set[fx.Node], unused: list[fx.Node]) -> Callable[[Values], Any]:
         """A unit's call; its sum may take its residual's place in memory where nobody needs that any more."""
-        x = node.args[0]
+        x, run = node.args[0], self._on_clips(unit, node)
         if node in self.places and len(node.args) == 1:
             whole, first, channels = self.places[node]
 
             def write(values: Values) -> Any:
                 room = values.setdefault(whole, Room(channels))
-                return on_clips(unit, values[x], into=Place(room, first))  # type: ignore[index]
+                return run(values[x], into=Place(room, first))  # type: ignore[index]
 
             return write
         if len(node.args) == 1:
-            return lambda values: on_clips(unit, values[x])  # type: ignore[index]
+            return lambda values: run(values[x])  # type: ignore[index]
         residual = node.args[1]
         assert isinstance(residual, fx.Node)
         free = self._free(residual, live, unused) if residual is not x else lambda values: False
 
         def call(values: Values) -> Any:
-            return on_clips(unit, values[x], values[residual], overwrite=free(values))  # type: ignore[index]
+            return run(values[x], values[residual], overwrite=free(values))  # type: ignore[index]
 
         return call
+
+    def _on_clips(self, module: Unit | Pool, node: fx.Node) -> Callable[..., Any]:
+        """A unit or pool, which take channels-last clips: images become clips of one frame, and images again.
+
+        Between two of them they stay clips.
+        """
+        if module.dim == 3:
+            return lambda *args, **options: module(
+                *(channels_last(each) if isinstance(each, Tensor) else each for each in args), **options
+            )
+        known = [isinstance(each, fx.Node) and each in self.clips for each in node.args]
+        frames, stays = module.frames_per_sample, node in self.clips
+
+        def run(*args: Any, **options: Any) -> Any:
+            given = [
+                each if is_clip or not isinstance(each, Tensor | Frames) else _as_clip(full(each), frames)
+                for each, is_clip in zip(args, known, strict=True)
+            ]
+            made = module(*given, **options)
+            return made if stays else _as_image(full(made))
+
+        return run
+
+    def _stays_clip(self, node: fx.Node) -> bool:
+        """Whether a node's images stay clips: it makes them, and whoever reads it takes clips of as many frames."""
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, Unit | Pool) or module.dim == 3:
+            return False
+        readers = [self.modules.get(str(user.target)) if user.op == "call_module" else None for user in node.users]
+        return all(
+            isinstance(reader, Unit | Pool) and (reader.dim, reader.frames_per_sample) == (2, module.frames_per_sample)
+            for reader in readers
+        )
 
     def _parts(self, nodes: list[fx.Node]) -> dict[fx.Node, tuple[fx.Node, int, int]]:
         """Units of whose result nobody but a concatenation knows: which one, from which channel on, of how many."""
@@ -178,13 +213,11 @@ def _concatenate(args: Any, kwargs: Any, gates: int, room: Room | None) -> Any:
     return held if clips[0].stride == 1 and pooled is None else clips[0].replaced(held, pooled)
 
 
-def on_clips(module: Unit | Pool, *args: Any, **options: Any) -> Any:
-    """Call a unit or pool, which take channels-last clips; an image is a clip of one frame."""
-    if module.dim == 3:
-        return module(*(channels_last(each) if isinstance(each, Tensor) else each for each in args), **options)
-    frames = module.frames_per_sample
-    clips = [_as_clip(full(each), frames) if isinstance(each, Tensor | Frames) else each for each in args]
-    return _as_image(full(module(*clips, **options)))
+def on_clips(unit: Unit, x: Tensor) -> Any:
+    """Call a unit, which takes channels-last clips, on clips or images."""
+    if unit.dim == 3:
+        return unit(channels_last(x))
+    return _as_image(full(unit(_as_clip(x, unit.frames_per_sample))))
 
 
 def _apply(function: Callable[..., Any], args: Any, kwargs: Any, keeps: bool) -> Any:

@@ -16,14 +16,13 @@ from .absorbed import absorbed_filter, kept_alone
 from .decide import FoldedGate
 from .frames import Frames, Place, full
 from .kernels import Filling
-from .pack import Filter, PackedConv, from_rows, to_rows
+from .pack import Filter, PackedConv
+from .path import Path, Value
 from .reduced import Reduced, build_filling, reduce
-from .taps import Reading, reading
+from .taps import reading
 from .vectors import ACTIVATIONS
 
 __all__ = ["Batch", "Seen", "Unit"]
-
-Value = Tensor | Frames
 
 
 class Seen(NamedTuple):
@@ -93,7 +92,8 @@ class Unit(nn.Module):
         self.baked: Decision | None = None
         self._packs: dict[str, PackedConv] = {}
         self._shapes: dict[torch.Size, torch.Size] = {}
-        self._convolutions: dict[Any, tuple[Reading, PackedConv] | None] = {}
+        self._paths: dict[tuple[Decision, bool, int, int], Path | None] = {}
+        self._axes: dict[Any, list[list[int | None]]] = {}
         self._filters: dict[tuple[int, int, bool], Filter] = {}
         self._reduced: dict[tuple[int, int], Reduced] = {}
         self._fillings: dict[tuple[int, int], Filling | None] = {}
@@ -146,22 +146,26 @@ class Unit(nn.Module):
             return self.run(x, residual, FULL, overwrite)
         decisions, z = self.decide(x)
         alone = self._hand_over(decisions, z)
-        groups = group_samples(decisions)
-        if len(groups) == 1:
-            out = self.run(x, residual, decisions[0], overwrite, alone, into)
+        first = decisions[0]
+        if len(decisions) == 1 or decisions.count(first) == len(decisions):
+            out = self.run(x, residual, first, overwrite, alone, into)
         else:
-            whole, added = full(x), None if residual is None else full(residual)
-
-            def part(decision: Decision, samples: Tensor | None) -> Tensor:
-                some = [None if each is None else select(each, 0, samples) for each in (whole, added)]  # type: ignore[arg-type]
-                return full(self.run(some[0], some[1], decision, alone=alone))  # type: ignore[arg-type]
-
-            out = route(groups, part, whole)
+            out = self._in_groups(x, residual, decisions, alone)
         if self.layer.observers:
             given, made = _with_channels(x.shape, self.in_channels), _with_channels(out.shape, self.channels)
             weights = self._weights(decisions, z)
             self.batch.seen.setdefault(self, []).append(Seen(given, made, decisions, weights, self._source_weights()))
         return out
+
+    def _in_groups(self, x: Value, residual: Value | None, decisions: list[Decision], alone: bool) -> Tensor:
+        """Samples that decide alike together."""
+        whole, added = full(x), None if residual is None else full(residual)
+
+        def part(decision: Decision, samples: Tensor | None) -> Tensor:
+            some = [None if each is None else select(each, 0, samples) for each in (whole, added)]  # type: ignore[arg-type]
+            return full(self.run(some[0], some[1], decision, alone=alone))  # type: ignore[arg-type]
+
+        return route(group_samples(decisions), part, whole)
 
     def _hand_over(self, decisions: list[Decision], z: Tensor | None) -> bool:
         """Tell the reader what it will get; whether that is the computed channels alone."""
@@ -214,6 +218,14 @@ class Unit(nn.Module):
 
     def _forced(self, num_samples: int) -> list[list[int | None]]:
         """What `redconvert.forced` asks of these samples, on the channel and the temporal axis."""
+        if any(isinstance(wanted, list) for wanted in self.layer.forced):
+            return self._forced_by_sample(num_samples)
+        key = (*self.layer.forced, num_samples)
+        if key not in self._axes:
+            self._axes[key] = self._forced_by_sample(num_samples)
+        return self._axes[key]
+
+    def _forced_by_sample(self, num_samples: int) -> list[list[int | None]]:
         layer, first, total = self.layer, self.batch.first, max(self.batch.total, num_samples)
         axes: list[list[int | None]] = []
         for axis, wanted in zip(("channel", "temporal"), layer.forced, strict=True):
@@ -275,57 +287,31 @@ class Unit(nn.Module):
         alone: bool = False,
         into: Place | None = None,
     ) -> Value:
+        held, stride, num_frames = (x.held, x.stride, x.num_frames) if isinstance(x, Frames) else (x, 1, x.shape[2])
+        key = (decision, alone and decision.channel > 0, stride, num_frames)
+        path = self._paths[key] if key in self._paths else self._path(*key)
+        if path is None:  # needs frames that are not held
+            return self._run(full(x), residual, decision, activation, overwrite, alone, into)
+        return path(held, residual, activation, overwrite, self.feeds_mean or self._pools(), into)
+
+    def _pools(self) -> bool:
+        """Whether a gate will read the mean of the result; on a GPU they average themselves."""
+        return self.feeds_gate and self.batch.gates_run and not self.filter.weight.is_cuda
+
+    def _path(self, decision: Decision, alone: bool, stride: int, num_frames: int) -> Path | None:
+        """What a decision does with clips that hold every ``stride``-th frame; None where it needs all of them."""
         i, j = decision.channel, decision.temporal
-        alone = alone and i > 0
-        rebuilds = i > 0 and not alone
-        found = self._convolution(x, decision, alone)
-        if found is None:  # needs frames that are not held
-            x = full(x)
-            found = self._convolution(x, decision, alone)
-        assert found is not None
-        read, packed = found
-        held = x.held if isinstance(x, Frames) else x
-        channel = i if alone else 0
-        filling = self._filling(j, channel)
-        frames = Frames(held, read.stride, read.num_frames)
-        fits = residual is None or read.stride == 1 or frames.alike(residual)
-        fuses = activation in ("relu", "none")
-        reduced = self._reduce(i, decision.source) if rebuilds else None
-        if filling is None and fits:
-            added = residual.held if isinstance(residual, Frames) and read.stride > 1 else residual
-            gives = fuses if rebuilds else packed.gives_means()
-            means = self._means(x.shape[0], -(-read.num_frames // read.stride), channel) if gives else None
-            added = None if added is None else full(added)
-            y = self._compute(held, read, packed, reduced, added, activation, overwrite, means, into)
-            return y if read.stride == 1 and means is None else frames.replaced(y, means)
-        y = to_rows(self._compute(held, read, packed, reduced, None, "none"))
-        filling = filling or Filling.copies(read.stride, y)
-        means = self._means(x.shape[0], read.num_frames, channel) if fuses else None
-        rows = None if residual is None else to_rows(full(residual))
-        out = from_rows(filling(y, read.num_frames, rows, activation == "relu", means))
-        out = out if fuses else ACTIVATIONS[activation](out)
-        return out if means is None else Frames(out, 1, read.num_frames, means)
-
-    def _means(self, num_clips: int, num_frames: int, channel: int) -> Tensor | None:
-        """Room for the mean over H and W of what comes out, where a gate will read it."""
-        on_gpu = self.filter.weight.is_cuda  # gates average there themselves: no pass does it on its way
-        if not (self.feeds_mean or (self.feeds_gate and self.batch.gates_run and not on_gpu)):
-            return None
-        channels = self.layer.candidates.channels[channel] if channel else self.channels
-        return torch.zeros(num_clips, num_frames, channels, dtype=torch.float32, device=self.filter.weight.device)
-
-    def _convolution(self, x: Value, decision: Decision, alone: bool) -> tuple[Reading, PackedConv] | None:
-        """What convolves x for a decision; None where all frames of x are needed."""
-        held, temporal = x.stride if isinstance(x, Frames) else 1, decision.temporal
-        key = (decision, alone, held, x.shape[2])
-        if key not in self._convolutions:
-            base = self._base(decision.channel, decision.source, alone)
-            skip = self.layer.candidates.strides[temporal] if self.gate is not None else 1
-            read = reading(base, skip, x.shape[2], held, self._filling(temporal) is None)
-            self._convolutions[key] = (
-                (read, self.pack(read.filter, _key(decision, alone, read.filter))) if read else None
-            )
-        return self._convolutions[key]
+        base = self._base(i, decision.source, alone)
+        skip = self.layer.candidates.strides[j] if self.gate is not None else 1
+        read = reading(base, skip, num_frames, stride, self._filling(j) is None)
+        path = None
+        if read is not None:
+            packed = self.pack(read.filter, _key(decision, alone, read.filter))
+            channel, reduced = (i, None) if alone else (0, self._reduce(i, decision.source) if i else None)
+            channels = self.layer.candidates.channels[channel] if channel else self.channels
+            path = Path(read, packed, reduced, self._filling(j, channel), channels)
+        self._paths[decision, alone, stride, num_frames] = path
+        return path
 
     def _base(self, channel: int, source: int, alone: bool) -> Filter:
         """What a decision convolves with: the norm is in it where nothing stands between."""
@@ -346,34 +332,6 @@ class Unit(nn.Module):
                 filter, self.forms.get(key), images=self.dim == 2 and self.frames_per_sample == 1
             )
         return self._packs[key]
-
-    def _compute(
-        self,
-        x: Tensor,
-        read: Reading,
-        packed: PackedConv,
-        reduced: Reduced | None,
-        residual: Tensor | None,
-        activation: str,
-        overwrite: bool = False,
-        means: Tensor | None = None,
-        into: Place | None = None,
-    ) -> Tensor:
-        """The frames that are computed, with norm, residual and activation; all channels, where it is reduced."""
-        if reduced is None:
-            return packed(read.padded(x), residual, activation, overwrite, means)
-        if reduced.inputs is not None:
-            x = select(x, 1, reduced.inputs)
-        y = packed(read.padded(x))
-        rebuilt = None
-        if reduced.cheap is not None:
-            source = y if reduced.cheap_source is None else select(y, 1, reduced.cheap_source)
-            rebuilt = to_rows(reduced.cheap(source))
-        added = None if residual is None else to_rows(residual)
-        rows, relu = to_rows(y), activation == "relu"
-        place = None if into is None else into.room.part(rows, into.first, self.channels)
-        out = from_rows(reduced.assembly(rows, rebuilt, added, relu, means, place))
-        return out if activation == "relu" else ACTIVATIONS[activation](out)
 
     # -- what decisions need, made when they are first taken -------------------------------------------
 
