@@ -42,9 +42,9 @@ class Deployed(nn.Module):
     """What `redconvert.deploy` returns. Call it as the network was called; `network` is that network.
 
     Clips on a CPU run one by one, whatever each decides: nothing is gathered or scattered, and activations stay small.
-    Images, and clips on other devices, run as a batch, in which the samples that decide alike run together, layer by
-    layer; there `capture` spares the host's launches. Not for several threads at once. `torch.compile` leaves it as it
-    is, also inside a larger network.
+    Images on a CPU run as a batch, which falls apart where samples decide differently. All else runs as a batch, in
+    which the samples that decide alike are gathered layer by layer; on a GPU `capture` spares the host's launches.
+    Not for several threads at once. `torch.compile` leaves it as it is, also inside a larger network.
 
     Attributes:
         network: the converted network, whose gates, thresholds and modes (`forced`, `disabled`) are followed.
@@ -76,7 +76,7 @@ class Deployed(nn.Module):
             if graph is not None:
                 modules = dict(root.named_modules(remove_duplicate=False))
                 units = fuse(graph, modules, self.batch, forms or {})
-                self._program = Program(graph, root, {**modules, **units})
+                self._program = Program(graph, root, {**modules, **units}, self.batch)
             else:
                 self._program, units = in_layers(network, self.batch, forms or {})
             self.source = "fx" if graph is not None else "layers"
@@ -176,11 +176,12 @@ class Deployed(nn.Module):
         cuttable = self.one_by_one and all(t.shape[0] == rows for t in tensors) and rows % frames == 0
         total = rows // frames if cuttable else 1
         self.batch.seen.clear()
-        self.batch.total = total
+        self.batch.total, self.batch.samples = total, None
+        self.batch.forks = self._like.device.type == "cpu" and not any(layer.observers for layer in self._layers)
         self.batch.gates_run = self.batch.always_ask or any(map(self._asks_its_gate, self._layers))
         outputs = []
         for sample in range(total):
-            self.batch.first = sample
+            self.batch.samples = [sample] if total > 1 else None
             part = slice(sample * frames, (sample + 1) * frames) if total > 1 else slice(None)
             one = tree_map(lambda leaf, part=part: _cut(leaf, part), (args, kwargs))
             outputs.append(self._program(*self._spread(one[0]), **one[1]))

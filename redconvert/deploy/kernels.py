@@ -257,8 +257,7 @@ class GateLayers:
             return self._in_pytorch(x if pooled is None else given[:, :, None, None])
         N, T, C = given.shape[0], given.shape[1], given.shape[-1]
         z, positions = self.b2.new_empty(N, self.b2.shape[0]), math.prod(given.shape[2:-1])
-        for sample, out in ((given, z),) if N == 1 else zip(given, z, strict=True):
-            function(*addresses(sample), T, positions, C, *self._weights, out.data_ptr())
+        function(*addresses(given), N, T, positions, C, *self._weights, z.data_ptr())
         return z
 
     def _in_pytorch(self, x: Tensor) -> Tensor:
@@ -340,7 +339,7 @@ def compiled() -> ctypes.CDLL | None:
             ],
             "fill": [pointer, *(number,) * 4, *(pointer,) * 3, flag, number, number, pointer, pointer],
             "max_pool": [*(pointer,) * 3, ctypes.c_float, number, pointer],
-            "gate": [pointer, *(number,) * 3, pointer, pointer, number, pointer, pointer, number, pointer],
+            "gate": [pointer, *(number,) * 4, pointer, pointer, number, pointer, pointer, number, pointer],
         }.items():
             function = getattr(library, f"{name}_{kind}")
             function.argtypes, function.restype = arguments, None

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .excite import Excite, Squeeze
+from .forks import Regions
 from .frames import GATES, Frames, Place, Room, full
 from .pack import channels_last
 from .pool import Pool
-from .unit import Unit
+from .unit import Batch, Fork, Unit
 
 __all__ = ["Program", "on_clips"]
 
@@ -36,16 +37,20 @@ class Program:
         graph: what `fuse` left.
         root: the network, for its attributes.
         modules: what the graph calls, units among them, by target.
+        batch: that of the units.
     """
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, modules: dict[str, nn.Module]) -> None:
-        self.root, self.modules = root, modules
+    def __init__(self, graph: fx.Graph, root: nn.Module, modules: dict[str, nn.Module], batch: Batch) -> None:
+        self.root, self.modules, self.batch = root, modules, batch
         nodes = list(graph.nodes)
         self.placeholders = [node for node in nodes if node.op == "placeholder"]
         last = {argument: index for index, node in enumerate(nodes) for argument in node.all_input_nodes}
         self.steps: list[tuple[fx.Node, Callable[[Values], Any], list[fx.Node]]] = []
         self.places = self._parts(nodes)
         self.clips = {node for node in nodes if self._stays_clip(node)}
+        self.regions = Regions(
+            [node for node in nodes if node.op not in ("placeholder", "output")], modules, self.placeholders
+        )
         live: set[fx.Node] = set()
         for index, node in enumerate(nodes):
             unused = [value for value in node.all_input_nodes if last[value] == index]
@@ -61,12 +66,44 @@ class Program:
         for node in self.placeholders:
             name, default = str(node.target), node.args[0] if node.args else None
             values[node] = kwargs[name] if name in kwargs else next(given, default)
-        for node, call, unused in self.steps:
-            values[node] = call(values)
-            for value in unused:
-                del values[value]
+        self._advance(0, len(self.steps), values)
         found = fx.node.map_arg(self.output.args[0], values.__getitem__)
         return tree_map(_whole, found, is_leaf=_is_frames)
+
+    def _advance(self, start: int, stop: int, values: Values) -> None:
+        """Run these steps."""
+        for position in range(start, stop):
+            node, call, unused = self.steps[position]
+            values[node] = made = call(values)
+            if type(made) is Fork:
+                return self._advance(self._part(position, values, made.groups), stop, values)
+            for value in unused:
+                del values[value]
+
+    def _part(self, position: int, values: Values, groups: list[list[int]]) -> int:
+        """Let groups of samples take the steps from this one on apart, one after the other: until which step."""
+        region, total, batch = self.regions.at(position), sum(map(len, groups)), self.batch
+        assert region is not None
+        if not self.regions.fits(region, values, total):
+            batch.forks = False
+            return position
+        pending, parts = self.regions.pending(), []
+        whole = batch.samples, batch.total
+        running, batch.total = batch.samples or list(range(total)), max(batch.total, total)
+        try:
+            for group in groups:
+                self.regions.tell(pending, group, total)
+                batch.samples = [running[sample] for sample in group]
+                own = self.regions.part(region, values, group)
+                self._advance(position, region.end, own)
+                parts.append([own[node] for node in region.kept])
+        finally:
+            batch.samples, batch.total = whole
+        for node, *of_groups in zip(region.kept, *parts, strict=True):
+            values[node] = self.regions.joined(of_groups, groups)
+        for node in region.unused:
+            values.pop(node, None)
+        return region.end
 
     def _compiled(self, node: fx.Node, live: set[fx.Node], unused: list[fx.Node]) -> Callable[[Values], Any]:
         """One node as a function of the values so far."""
@@ -94,16 +131,16 @@ class Program:
         function: Callable[..., Any] = node.target  # type: ignore[assignment]
         keeps = function in _POINTWISE_CALLS or function in _PAIRWISE_CALLS
         if function is torch.cat:
-            batch = next((module.batch for module in self.modules.values() if isinstance(module, Unit)), None)
             gates = node.meta.get(GATES, 0)
             return lambda values: _concatenate(
-                *_arguments(node, values), gates if batch is not None and batch.gates_run else 0, values.get(node)
+                *_arguments(node, values), gates if self.batch.gates_run else 0, values.get(node)
             )
         return lambda values: _apply(function, *_arguments(node, values), keeps)
 
     def _unit(self, unit: Unit, node: fx.Node, live: set[fx.Node], unused: list[fx.Node]) -> Callable[[Values], Any]:
         """A unit's call; its sum may take its residual's place in memory where nobody needs that any more."""
         x, run = node.args[0], self._on_clips(unit, node)
+        forks = self.regions.at(len(self.steps)) is not None
         if node in self.places and len(node.args) == 1:
             whole, first, channels = self.places[node]
 
@@ -113,13 +150,13 @@ class Program:
 
             return write
         if len(node.args) == 1:
-            return lambda values: run(values[x])  # type: ignore[index]
+            return lambda values: run(values[x], forks=forks)  # type: ignore[index]
         residual = node.args[1]
         assert isinstance(residual, fx.Node)
         free = self._free(residual, live, unused) if residual is not x else lambda values: False
 
         def call(values: Values) -> Any:
-            return run(values[x], values[residual], overwrite=free(values))  # type: ignore[index]
+            return run(values[x], values[residual], overwrite=free(values), forks=forks)  # type: ignore[index]
 
         return call
 
@@ -141,7 +178,7 @@ class Program:
                 for each, is_clip in zip(args, known, strict=True)
             ]
             made = module(*given, **options)
-            return made if stays else _as_image(full(made))
+            return made if stays or type(made) is Fork else _as_image(full(made))
 
         return run
 

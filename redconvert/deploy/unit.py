@@ -22,7 +22,7 @@ from .reduced import Reduced, build_filling, reduce
 from .taps import reading
 from .vectors import ACTIVATIONS
 
-__all__ = ["Batch", "Seen", "Unit"]
+__all__ = ["Batch", "Fork", "Seen", "Unit"]
 
 
 class Seen(NamedTuple):
@@ -35,16 +35,24 @@ class Seen(NamedTuple):
     source: Tensor | None = None
 
 
+class Fork(NamedTuple):
+    """What a unit returns instead of a result where samples decide differently and may part: who goes with whom."""
+
+    groups: list[list[int]]
+
+
 @dataclass
 class Batch:
-    """Which samples of the user's batch run now, and what the units saw of them.
+    """Which samples of the user's batch run now, of how many, and what the units saw of them.
 
-    ``always_ask``: gates run even where everything is forced, for benchmarks of the whole. ``gates_run``: some do, so
-    whoever has a clip at hand averages it for them.
+    ``samples``: None for all. ``forks``: those that decide differently may go on apart. ``always_ask``: gates run even
+    where everything is forced, for benchmarks of the whole. ``gates_run``: some do, so whoever has a clip at hand
+    averages it for them.
     """
 
-    first: int = 0
+    samples: list[int] | None = None
     total: int = 1
+    forks: bool = False
     always_ask: bool = False
     gates_run: bool = True
     seen: dict[Unit, list[Seen]] = field(default_factory=dict)
@@ -139,9 +147,17 @@ class Unit(nn.Module):
     # -- decide ----------------------------------------------------------------------------------------
 
     def forward(
-        self, x: Value, residual: Value | None = None, overwrite: bool = False, into: Place | None = None
-    ) -> Value:
-        """``overwrite``: the result may take the residual's place in memory; ``into``: it may be written there."""
+        self,
+        x: Value,
+        residual: Value | None = None,
+        overwrite: bool = False,
+        into: Place | None = None,
+        forks: bool = False,
+    ) -> Value | Fork:
+        """``overwrite``: the result may take the residual's place in memory; ``into``: it may be written there.
+
+        ``forks``: whoever calls knows what to do with a `Fork`.
+        """
         if self.gate is None:
             return self.run(x, residual, FULL, overwrite)
         decisions, z = self.decide(x)
@@ -149,6 +165,8 @@ class Unit(nn.Module):
         first = decisions[0]
         if len(decisions) == 1 or decisions.count(first) == len(decisions):
             out = self.run(x, residual, first, overwrite, alone, into)
+        elif forks and self.batch.forks:
+            return Fork(list(group_samples(decisions).values()))
         else:
             out = self._in_groups(x, residual, decisions, alone)
         if self.layer.observers:
@@ -226,7 +244,8 @@ class Unit(nn.Module):
         return self._axes[key]
 
     def _forced_by_sample(self, num_samples: int) -> list[list[int | None]]:
-        layer, first, total = self.layer, self.batch.first, max(self.batch.total, num_samples)
+        layer, total = self.layer, max(self.batch.total, num_samples)
+        samples = self.batch.samples or range(num_samples)
         axes: list[list[int | None]] = []
         for axis, wanted in zip(("channel", "temporal"), layer.forced, strict=True):
             if wanted is None:
@@ -234,7 +253,8 @@ class Unit(nn.Module):
             elif isinstance(wanted, int):
                 axes.append([layer.candidates.nearest(axis, wanted)] * num_samples)
             else:
-                axes.append(layer.forced_candidates(axis, total)[first : first + num_samples])
+                candidates = layer.forced_candidates(axis, total)
+                axes.append([candidates[sample] for sample in samples])
         return axes
 
     def _weights(self, decisions: list[Decision], z: Tensor | None) -> GateWeights:
