@@ -9,7 +9,11 @@ from torch import Tensor
 
 from .inputs import tensors_in
 
-__all__ = ["differentiable", "direction", "in_backward"]
+__all__ = ["TEMPERATURE", "differentiable", "direction", "in_backward"]
+
+# Of the answers whose moves count. At 1 the few samples of which a network is unsure decide everything: a sure one's
+# softmax hides every move, on the images that were trained on most of all (measured: docs/results.md).
+TEMPERATURE = 4.0
 
 
 def differentiable(outputs: Any) -> list[Tensor]:
@@ -18,16 +22,17 @@ def differentiable(outputs: Any) -> list[Tensor]:
 
 
 def direction(output: Tensor, generator: torch.Generator) -> Tensor:
-    """Random, of covariance ``diag(p) - p p^T`` over the class axis of scores ``(N, classes, ...)``, p their softmax.
+    """Random, of covariance ``diag(p) - p p^T`` over the class axis of scores ``(N, classes, ...)``.
 
-    The expected square of a small move along it is twice the Kullback-Leibler divergence of the answers. Of outputs
-    that are no scores, the direction has variance 1 over their mean square.
+    p is their softmax at `TEMPERATURE` T. The expected square of a small move along it is twice the Kullback-Leibler
+    divergence of the answers at that temperature, times T^2. Of outputs that are no scores, the direction has
+    variance 1 over their mean square.
     """
     noise = torch.randn(output.shape, generator=generator).to(output)
     if output.dim() < 2 or output.shape[1] == 1:
         size = output.square().mean().sqrt()
         return noise / torch.where(size > 0, size, torch.ones_like(size))
-    p = output.softmax(1)
+    p = (output / TEMPERATURE).softmax(1)
     root = p.sqrt()
     return root * noise - p * (root * noise).sum(1, keepdim=True)
 

@@ -55,7 +55,7 @@ class Budget:
         by: "gates", "layers" or "inputs".
         samples: how many were measured.
         threshold: by gates and inputs, what every gate was moved by.
-        harms: by layers, the expected divergence of the answer that each layer's choice causes alone.
+        harms: by layers, half of what `redconvert.budget.harms` expects of each layer's choice.
         time: by layers and times, the expected share of the dense network's time, deployed.
     """
 
@@ -300,7 +300,7 @@ class _Run:
         chosen = allocate(options, budget * dense - fixed, sources)
         for name, choice in chosen.items():
             _decide(self.layers[name].gate, choice)
-        found = {name: choice.harm / 2 for name, choice in chosen.items()}  # half the square: the divergence
+        found = {name: choice.harm / 2 for name, choice in chosen.items()}
         read = {name: chosen[sources[name]].channel if sources.get(name) in chosen else 0 for name in chosen}
         spent = fixed + sum(choice.cost(read[name]) for name, choice in chosen.items())
         expected = None if times is None else spent / dense

@@ -26,13 +26,14 @@ def harms(
 ) -> dict[str, Tensor]:
     """How far each decision of each layer, taken alone, moves the network's outputs.
 
-    A layer's output is ``y_0 + sum_i w_i (y_i - y_0)`` with candidates y_i, so the gradient of an output by w_i is
-    what the output gains, to first order, where candidate i takes the place of the full one. For outputs
-    o the expected square of the move is ``E_v[(v . do/dw_i)^2]`` over random directions v: one backward
-    pass per direction gives it for all layers, candidates and samples. Class scores are moved through their softmax:
-    directions of covariance ``diag(p) - p p^T``, whose expected square is twice the Kullback-Leibler
-    divergence of the answers. Outputs ``(N, C, ...)`` with C > 1 are taken for class scores; others are moved
-    relative to their size. Decision (i, j) of both axes moves an output by the sum of what (i, 0) and (0, j) do.
+    A layer's output is ``y_0 + sum_i w_i (y_i - y_0)`` with candidates y_i, so the gradient of an output by w_i is what
+    the output gains, to first order, where candidate i takes the place of the full one. For outputs o the expected
+    square of the move is ``E_v[(v . do/dw_i)^2]`` over random directions v: one backward pass per direction gives
+    it for all layers, candidates and samples. Class scores are moved through their softmax at a temperature T
+    (`redconvert.answers.direction`): the expected square is then twice the Kullback-Leibler divergence of the
+    answers at that temperature, times T^2. Outputs ``(N, C, ...)`` with C > 1 are taken for class scores; others
+    are moved relative to their size. Decision (i, j) of both axes moves an output by the sum of what (i, 0) and (0,
+    j) do.
 
     Args:
         dynamic: a converted network, calibrated; the gates' decisions do not matter.

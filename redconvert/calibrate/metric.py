@@ -22,10 +22,10 @@ NORMS_SHARE = 1e-3  # of the norms' importance: it decides between channels that
 class AnswerMetric:
     """Of each layer: ``W = sum of g g^T`` over samples and positions, g the gradient of a random move of the answer.
 
-    An error e of the channels at a position moves the answer by ``g . e``, so ``E[e^T W e]`` is, to first order and
-    for errors of different positions that are independent, twice the divergence of the answers. What the
-    layers behind do not read costs nothing, and errors that cancel behind cost little: the norm's own scale tells
-    neither. One backward pass per batch, through the activations alone.
+    An error e of the channels at a position moves the answer by ``g . e``, so ``E[e^T W e]`` is, to first order and for
+    errors of different positions that are independent, twice the divergence of the answers, at the temperature of
+    `redconvert.answers.direction`. What the layers behind do not read costs nothing, and errors that cancel behind
+    cost little: the norm's own scale tells neither. One backward pass per batch, through the activations alone.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[DynamicConv], seed: int = 0) -> None:

@@ -6,17 +6,16 @@ memory that cost more than is saved. Parts that stay apart pay once.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from ..layers.absorb import Handover, Source
 from ..layers.routing import select
+from . import pointwise
 from .excite import Excite
 from .frames import Frames, full
 from .pool import Pool
@@ -24,10 +23,7 @@ from .unit import Unit
 
 __all__ = ["Region", "Regions"]
 
-# What treats every sample of a batch alone.
-_MODULES = (nn.ReLU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid, nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d)
-_CALLS = {F.relu, torch.relu, F.silu, F.hardswish, torch.sigmoid, "relu", "relu_", "sigmoid"}
-_PAIRWISE = {operator.add, operator.iadd, operator.mul, torch.add, torch.mul}
+_POOLS_AND_NORMS = (nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d)  # treat every sample of a batch alone, too
 
 
 @dataclass(frozen=True)
@@ -113,9 +109,9 @@ class Regions:
             if isinstance(module, Unit | Pool):
                 return module.dim == 2 and module.frames_per_sample == 1
             plain = module is not None and not (module._forward_hooks or module._forward_pre_hooks)
-            return plain and isinstance(module, (*_MODULES, Excite))
-        pairwise = node.target in _PAIRWISE and all(isinstance(each, fx.Node) for each in node.args)
-        return node.op in ("call_function", "call_method") and (node.target in _CALLS or pairwise)
+            return plain and isinstance(module, (*pointwise.MODULES, *_POOLS_AND_NORMS, Excite))
+        pairwise = node.target in pointwise.PAIRWISE and all(isinstance(each, fx.Node) for each in node.args)
+        return node.op in ("call_function", "call_method") and (node.target in pointwise.CALLS or pairwise)
 
     # -- values ----------------------------------------------------------------------------------------
 

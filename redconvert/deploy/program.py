@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from . import pointwise
 from .excite import Excite, Squeeze
 from .forks import Regions
 from .frames import GATES, Frames, Place, Room, full
@@ -20,10 +20,6 @@ from .unit import Batch, Fork, Unit
 
 __all__ = ["Program", "on_clips"]
 
-# What treats every frame alone, so that copies stay copies.
-_POINTWISE_MODULES = (nn.ReLU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Identity, nn.modules.dropout._DropoutNd)
-_POINTWISE_CALLS = frozenset({F.relu, torch.relu, F.silu, F.hardswish, torch.sigmoid, "relu", "relu_", "sigmoid"})
-_PAIRWISE_CALLS = frozenset({operator.add, operator.iadd, operator.mul, torch.add, torch.mul})
 _POOLS = (nn.MaxPool3d, nn.AvgPool3d)
 _MAY_HOLD_FRAMES = (Frames, list, tuple, dict, slice)
 
@@ -124,12 +120,12 @@ class Program:
             return lambda values: _apply(module, *_arguments(node, values), keeps)
         if node.op == "call_method":
             name = str(node.target)
-            keeps = name in _POINTWISE_CALLS
+            keeps = name in pointwise.CALLS
             return lambda values: _apply(
                 lambda x, *rest, **more: getattr(x, name)(*rest, **more), *_arguments(node, values), keeps
             )
         function: Callable[..., Any] = node.target  # type: ignore[assignment]
-        keeps = function in _POINTWISE_CALLS or function in _PAIRWISE_CALLS
+        keeps = function in pointwise.CALLS or function in pointwise.PAIRWISE
         if function is torch.cat:
             gates = node.meta.get(GATES, 0)
             return lambda values: _concatenate(
@@ -274,7 +270,7 @@ def _keeps_copies(module: nn.Module) -> bool:
     if isinstance(module, _POOLS):
         sizes = (module.kernel_size, module.stride, module.padding)
         return [size[0] if isinstance(size, tuple) else size for size in sizes] == [1, 1, 0]
-    return isinstance(module, (*_POINTWISE_MODULES, nn.BatchNorm3d))
+    return isinstance(module, (*pointwise.MODULES, nn.BatchNorm3d))
 
 
 def _share_memory(value: Any, other: Any) -> bool:

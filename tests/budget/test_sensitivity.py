@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import redconvert
 from redconvert import forced
+from redconvert.answers import TEMPERATURE
 from redconvert.budget import harms, sensitivity
 from redconvert.layers import dynamic_layers
 
@@ -33,9 +34,9 @@ def moves(dynamic: nn.Module, name: str, x: Tensor) -> dict[tuple[int, int], Ten
     return found
 
 
-def fisher(scores: Tensor, move: Tensor) -> float:
+def fisher(scores: Tensor, move: Tensor, temperature: float = 1.0) -> float:
     """``move^T (diag(p) - p p^T) move``, summed over positions and averaged over samples."""
-    p = scores.detach().softmax(1)
+    p = (scores.detach() / temperature).softmax(1)
     return float(((p * move.square()).sum(1) - (p * move).sum(1).square()).sum() / len(p))
 
 
@@ -71,15 +72,15 @@ def test_closed_form(kind, exact):
 
 
 def test_random_directions():
-    """Of covariance ``diag(p) - p p^T``, and so in the whole."""
+    """Of covariance ``diag(p) - p p^T`` with p at the temperature, and so in the whole."""
     scores = torch.tensor([[0.3, -1.0, 2.0]], dtype=F64).expand(40_000, 3)
     directions = sensitivity._direction(scores, torch.Generator().manual_seed(0))
-    p = scores[0].softmax(0)
+    p = (scores[0] / TEMPERATURE).softmax(0)
     assert torch.allclose(directions.T @ directions / 40_000, p.diag() - torch.outer(p, p), atol=0.005)
     dynamic, x = network("2d of three", dtype=F64, between=linear), batches("2d of three", dtype=F64)[0]
     found = harms(dynamic, [x], projections=300)["convs.1"]
     for (i, j), move in moves(dynamic, "convs.1", x).items():
-        assert float(found[i, j]) == pytest.approx(fisher(dynamic(x), move), rel=0.2)
+        assert float(found[i, j]) == pytest.approx(fisher(dynamic(x), move, TEMPERATURE), rel=0.2)
 
 
 def test_scores_of_every_position_add_up():
@@ -89,7 +90,7 @@ def test_scores_of_every_position_add_up():
     x = torch.randn(3, 3, 6, 6, dtype=F64)
     config = redconvert.ConvertConfig(rules=[("0", {}), ("*", None)])
     dynamic = redconvert.convert(model, config, example_inputs=x)
-    wanted = fisher(dynamic(x), moves(dynamic, "0", x)[1, 0])  # a mean over samples of sums over pixels
+    wanted = fisher(dynamic(x), moves(dynamic, "0", x)[1, 0], TEMPERATURE)  # a mean over samples of sums over pixels
     assert float(harms(dynamic, [x], projections=200)["0"][1, 0]) == pytest.approx(wanted, rel=0.2)
 
 
