@@ -3,7 +3,8 @@
     python benchmarks/calibration.py --data FOLDER       # see benchmarks/cifar.py for what the folder holds
 
 Each row converts the same pretrained network, calibrates on the same training images, forces every layer to
-its half and counts right answers on the test set. JSON is written after every row; a row that is in it already is
+its half and counts right answers on the test set. Rows that choose "for the answer" weigh the answers at the
+package's temperature, or at the one that they name. JSON is written after every row; a row that is in it already is
 not run again.
 """
 
@@ -13,12 +14,14 @@ import argparse
 import json
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from cifar import accuracy, convert, images, resnet56
 from common import RESULTS, environment, write
 
 import redconvert
+from redconvert import answers
 
 # name: (cheap operation, calibration images, rounds, matched variance); rounds None: not calibrated. Greedy rows choose
 # channels by the norms behind.
@@ -41,6 +44,15 @@ ROWS = {
     "for the answer, principal, one pass, matched variance": ("principal", 1000, 0, True),
     "for the answer, principal, one pass, matched variance, 100 images": ("principal", 100, 0, True),
     "for the answer, principal, 1 round, matched variance": ("principal", 1000, 1, True),
+    **{
+        f"for the answer, principal, one pass, matched variance, temperature {temperature}": (
+            "principal",
+            1000,
+            0,
+            True,
+        )
+        for temperature in (1, 2, 8, 1000)
+    },
 }
 
 
@@ -75,7 +87,9 @@ def main() -> None:
         if rounds is not None:
             batches = list(train[chosen[:count]].split(100))
             importance = "answers" if name.startswith("for the answer") else "norms"
-            found = redconvert.calibrate(dynamic, batches, rounds=rounds, match=match, importance=importance)
+            named = name.partition("temperature ")[2]
+            with patch.object(answers, "TEMPERATURE", float(named or answers.TEMPERATURE)):
+                found = redconvert.calibrate(dynamic, batches, rounds=rounds, match=match, importance=importance)
             row["calibration_s"] = round(found.seconds, 1)
         with redconvert.forced(dynamic, channel=1):
             row["accuracy"] = accuracy(dynamic, test, labels)
