@@ -22,14 +22,15 @@ from typing import Any
 
 import torch
 from cifar import accuracy, asking_again, augment, images, resnet56
+from cifar_resnet56 import FEATURES, TOTALS, Setting, absorbed, dynamic, measure, over_seeds, spread, summary
 from cifar_resnet56 import ROWS as STARTS
-from cifar_resnet56 import TOTALS, Setting, absorbed, dynamic, measure, over_seeds, spread, summary
 from common import RESULTS, environment, write
 from torch import Tensor, nn
 from training import backward, groups_of, is_dynamic
 
 import redconvert
 from redconvert.cost.measure import static_macs
+from redconvert.finetune import FeatureLoss
 from redconvert.finetune.parameters import build_optimizer, learning_rate_factor
 
 CLIP = 5.0  # of the gradient's norm
@@ -53,6 +54,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "depgraph 0.4": {"seeds": (0,)},
     "principal 0.5": {"seeds": (0,)},
     "absorbed 0.5, no labels": {"seeds": (0,), "distill": 1.0},
+    "absorbed 0.5, features": {"seeds": (0, 1, 2), "features": FEATURES},
     "absorbed 0.5, higher lr": {"seeds": (0,), "lr": 2.5},
     "depgraph 0.5, higher lr": {"seeds": (0,), "lr": 2.5},
     "rebuilt 0.5, gates learn": {"seeds": (0,), "learns": True, "target": 0.5},
@@ -129,6 +131,10 @@ class Runner:
         if self.learns:
             static = static_macs(self.model, given.x[:1])
             self.efficiency = redconvert.EfficiencyLoss(self.model, target=row["target"], static_macs=static)
+        self.weight = row.get("features", 0.0)
+        if self.weight:  # a teacher of its own, whose features lie where this row's graph left them
+            self.teacher = copy.deepcopy(given.teacher)
+            self.missed = FeatureLoss(self.model, self.teacher)
         lr = arguments.lr * row.get("lr", 1.0)
         self.optimizer = build_optimizer("sgd", groups_of(self.model, lr, arguments.gate_lr))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -157,8 +163,12 @@ class Runner:
             self.optimizer.step()
 
     def _passes(self) -> None:
-        """``(1 - d) CE + d t^2 KL(teacher) + weight * L_e``, forward and backward; gradients end in ``.grad``."""
-        scores, given, arguments = self.model(self.given.x), self.given, self.arguments
+        """``(1 - d) CE + d t^2 KL + weight * L_e + v * L_f``, forward and backward; gradients end in ``.grad``."""
+        scores, given, arguments, extra = self.model(self.given.x), self.given, self.arguments, None
+        if self.weight:
+            with torch.no_grad():
+                self.teacher(given.x)
+            extra = self.weight * self.missed()
         backward(
             scores,
             given.y,
@@ -168,6 +178,7 @@ class Runner:
             self.efficiency,
             arguments.efficiency,
             self.losses,
+            extra,
         )
 
     @torch.no_grad()

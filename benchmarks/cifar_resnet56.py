@@ -5,8 +5,8 @@
 
 Every row starts from the same pretrained weights and trains on the same images with the same schedule, optimizer,
 augmentation and loss: half labels, half the pretrained network as a teacher, unless ``--distill`` and
-``--temperature`` say otherwise (benchmarks/training.py). JSON is written after every row; a row that is in it already
-is not run again. ``--plot`` draws accuracy against executed MACs.
+``--temperature`` say otherwise, and the teacher's features in rows that say so (benchmarks/training.py). JSON is
+written after every row; a row that is in it already is not run again. ``--plot`` draws accuracy against executed MACs.
 """
 
 from __future__ import annotations
@@ -36,18 +36,23 @@ from redconvert.evaluate import spread_of_macs
 NETWORKS = {"resnet56": resnet56, "vgg16_bn": vgg16_bn}
 CALIBRATION_IMAGES = 1000
 BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere it is slower by far than float32
+FEATURES = 100.0  # the weight of L_f, next to a teacher's answers at a temperature of 32
 # Of a trained network and the original, asked where it is unsure.
 TOTALS = (0.35, 0.4, 0.45, 0.48, 0.49, 0.5, 0.55, 0.6, 0.65, 0.7)
 
 
 @dataclass
 class Candidate:
-    """A network before training: how it runs, what its gates pay, and whether it asks the original where unsure."""
+    """A network before training: how it runs, what its gates pay, and whether it asks the original where unsure.
+
+    ``features``: the weight of what it misses of the original's features.
+    """
 
     model: nn.Module
     running: Callable[[], AbstractContextManager[Any]] = nullcontext
     target: float | None = None
     asks: bool = False
+    features: float = 0.0
 
 
 # -- rows: how each network comes about ----------------------------------------------------------------
@@ -81,14 +86,14 @@ def dynamic(setting: Setting, target: float, gate: str = "hard", **config: Any) 
     return Candidate(network, target=target, asks=True)
 
 
-def absorbed(setting: Setting, target: float) -> Candidate:
+def absorbed(setting: Setting, target: float, features: float = 0.0) -> Candidate:
     """Full, 3/4, half or 1/4 of the channels, absorbed where one convolution alone reads them."""
     network = setting.convert(**ABSORBED)
     redconvert.calibrate(network, setting.calibration)
     redconvert.set_budget(network, target, setting.calibration[:3])
     redconvert.calibrate(network, setting.calibration, decisions="gates")
     redconvert.keep_budget(network)
-    return Candidate(network, target=target, asks=True)
+    return Candidate(network, target=target, asks=True, features=features)
 
 
 ROWS: dict[str, Callable[[Setting], Candidate]] = {
@@ -104,6 +109,8 @@ ROWS: dict[str, Callable[[Setting], Candidate]] = {
     "dynamic absorbed 0.5": partial(absorbed, target=0.5),
     "dynamic absorbed 0.4": partial(absorbed, target=0.4),
     "dynamic absorbed 0.35": partial(absorbed, target=0.35),
+    "dynamic absorbed, features 0.5": partial(absorbed, target=0.5, features=FEATURES),
+    "dynamic absorbed, features 0.4": partial(absorbed, target=0.4, features=FEATURES),
     "depgraph 0.5": partial(pruned, share=0.5, method="depgraph"),
     "depgraph_uniform 0.5": partial(pruned, share=0.5, method="depgraph_uniform"),
     "magnitude 0.5": partial(pruned, share=0.5, method="magnitude"),
@@ -188,6 +195,7 @@ def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
         target=candidate.target,
         bfloat16=BFLOAT16,
         gate_every=arguments.gate_every,
+        features=candidate.features,
     )
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import redconvert
 from redconvert.cost.measure import static_macs
+from redconvert.finetune import FeatureLoss
 from redconvert.finetune.parameters import build_optimizer, learning_rate_factor
 from redconvert.finetune.run import training_mode
 from redconvert.inputs import device_of, move_to
@@ -35,23 +36,27 @@ def train(
     clip: float = 5.0,
     bfloat16: bool = False,
     gate_every: int = 1,
+    features: float = 0.0,
 ) -> list[dict[str, float]]:
-    """SGD with Nesterov momentum, warm-up and cosine; ``(1 - d) CE + d t^2 KL(teacher) + weight * L_e``.
+    """SGD with Nesterov momentum, warm-up and cosine; ``(1 - d) CE + d t^2 KL(teacher) + weight * L_e + v * L_f``.
 
     ``bfloat16`` is for 2D networks: on a CPU with avx512_bf16, torch 2.15 gives I3D's convolutions infinite gradients.
     ``gate_every``: gates learn in every so many-th step; in between a step costs what they leave to compute. Dropout
-    rests where there is a teacher. Batches are moved to where the network is; on a GPU all are of the same size, and a
-    CUDA graph runs them where gates learn in every step.
+    rests where there is a teacher. ``features``: v, in steps in which gates rest. Batches are moved to where the
+    network is; on a GPU all are of the same size, and a CUDA graph runs them where gates learn in every step.
     Returns means per epoch; leaves ``model`` in ``eval()``.
     """
-    efficiency, device = None, device_of(model)
+    efficiency, missed, device = None, None, device_of(model)
     if weight:
         static = static_macs(model, next(iter(loader))[0][:1].to(device))
         efficiency = redconvert.EfficiencyLoss(model, target=target, static_macs=static)
+    if features:
+        assert teacher is not None
+        missed = FeatureLoss(model, teacher)
     optimizer = build_optimizer("sgd", groups_of(model, lr, gate_lr))
     rates, steps, step = [group["lr"] for group in optimizer.param_groups], epochs * len(loader), 0
     captures, graph, held, found = device.type == "cuda" and gate_every == 1, None, [], torch.zeros(2, device=device)
-    loss_of = partial(_losses, model, teacher, distill, temperature, efficiency, weight, bfloat16)
+    loss_of = partial(_losses, model, teacher, distill, temperature, efficiency, weight, bfloat16, missed, features)
     history = []
     for _ in range(epochs):
         training_mode(model, freeze_norms, dropout=teacher is None)
@@ -77,8 +82,9 @@ def train(
         history.append({key: statistics.mean(row[key] for row in rows) for key in rows[0]})
     model.eval()
     optimizer.zero_grad(set_to_none=True)
-    if efficiency is not None:
-        efficiency.close()
+    for each in (efficiency, missed):
+        if each is not None:
+            each.close()
     return history
 
 
@@ -90,18 +96,22 @@ def _losses(
     efficiency: Any,
     weight: float,
     bfloat16: bool,
+    missed: FeatureLoss | None,
+    features: float,
     x: Any,
     y: Any,
     found: Tensor,
 ) -> None:
     """Forward and backward."""
-    distill, taught = distill if teacher is not None else 0.0, None
+    distill, taught, extra = distill if teacher is not None else 0.0, None, None
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
         scores = model(x)
-        if distill:
+        if distill or missed:
             with torch.no_grad():
                 taught = teacher(_fast_layout(x))
-    backward(scores, y, taught, distill, temperature, efficiency, weight, found)
+    if missed is not None and missed.gates_rest:
+        extra = features * missed()
+    backward(scores, y, taught, distill, temperature, efficiency, weight, found, extra)
 
 
 def backward(
@@ -113,8 +123,9 @@ def backward(
     efficiency: Any,
     weight: float,
     found: Tensor,
+    extra: Tensor | None = None,
 ) -> None:
-    """The loss, backward; what is recorded, the task's loss and the mean cost, goes into ``found``."""
+    """The loss, ``extra`` added, backward; what is recorded, the task's loss and the mean cost, goes into ``found``."""
     loss = torch.zeros((), device=scores.device)
     if distill < 1:
         loss = loss + (1 - distill) * F.cross_entropy(scores.float(), y)
@@ -124,6 +135,8 @@ def backward(
     if efficiency is not None:
         loss = loss + weight * efficiency(scores, taught if distill == 1 else y)
         found[1] = efficiency.costs.mean()
+    if extra is not None:
+        loss = loss + extra
     loss.backward()
 
 

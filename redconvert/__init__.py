@@ -14,6 +14,7 @@ from .errors import RedconvertError
 from .finetune import (
     CapturedPasses,
     EfficiencyLoss,
+    FeatureLoss,
     History,
     distillation_loss,
     finetune,
@@ -47,6 +48,7 @@ __all__ = [
     "DynamicConv2d",
     "DynamicConv3d",
     "EfficiencyLoss",
+    "FeatureLoss",
     "History",
     "LayerConfig",
     "LayerTimes",

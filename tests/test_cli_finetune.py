@@ -112,3 +112,19 @@ def test_a_run_of_other_settings(reduced):
     assert reduced(*FINETUNE, "--epochs", 1)[0] == 0
     code, _, err = reduced(*FINETUNE, "--epochs", 2)
     assert code == 1 and "epochs" in err
+
+
+def test_the_original_features(reduced):
+    """With a weight on them the blocks end nearer to the original's than without."""
+    import nets
+
+    x, missed = torch.rand(8, 3, 4, 16, 16), []
+    for folder, features in (("plain", 0), ("near", 100)):
+        options = ("--epochs", 4, "--batch-size", 4, "--lr", 0.01, "--features", features)
+        assert reduced(*FINETUNE[:-1], folder, *options)[0] == 0
+        dynamic, original = opened(f"{folder}/model"), nets.vivid().eval()
+        compare = redconvert.FeatureLoss(dynamic, original)
+        with torch.no_grad():
+            dynamic(x), original(x)
+            missed.append(float(compare()))
+    assert missed[1] < 0.8 * missed[0]

@@ -62,6 +62,9 @@ def finetune(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the samples.")] = 3,
     lr: Annotated[float, typer.Option(help="Peak learning rate of SGD with Nesterov momentum.")] = 0.005,
+    features: Annotated[
+        float, typer.Option(min=0, help="Weight of what the blocks' outputs miss of the original's; 100 is a start.")
+    ] = 0.0,
     flip: Annotated[bool, typer.Option(help="Mirror every second sample; the teacher sees the same.")] = True,
     samples: SampleCount = 256,
     batch_size: BatchSize = 8,
@@ -97,6 +100,7 @@ def finetune(
         epochs=epochs,
         lr=lr,
         gate_every=GATE_EVERY,
+        features=features,
         target=target,
         clip=CLIP,
         freeze_norms=True,

@@ -1,7 +1,8 @@
-"""Finetuning: the efficiency loss, the teacher, the loop; every part works alone in a loop of your own."""
+"""Finetuning: the efficiency loss, the teacher, its features, the loop; each works alone in your own loop."""
 
 from .captured import CapturedPasses
 from .distill import distillation_loss, frozen_original
+from .features import FeatureLoss
 from .history import History
 from .loop import finetune
 from .loss import EfficiencyLoss
@@ -10,6 +11,7 @@ from .parameters import parameter_groups
 __all__ = [
     "CapturedPasses",
     "EfficiencyLoss",
+    "FeatureLoss",
     "History",
     "distillation_loss",
     "finetune",

@@ -15,6 +15,7 @@ from ..errors import RedconvertError
 from ..layers import dynamic_layers
 from .devices import new_accelerator, tracking, unwrapped
 from .distill import TEMPERATURE, frozen_original
+from .features import FeatureLoss
 from .history import History
 from .loss import EfficiencyLoss
 from .memory import recomputed
@@ -40,6 +41,8 @@ def finetune(
     teacher: Literal["original"] | Callable[..., Any] | None = "original",
     distill: float = 0.5,
     temperature: float = TEMPERATURE,
+    features: float = 0.0,
+    feature_layers: Sequence[str] | None = None,
     criterion: Callable[[Any, Any], Tensor] | None = None,
     correct: Callable[[Any, Any], Tensor] | None = None,
     optimizer: str = "sgd",
@@ -62,8 +65,9 @@ def finetune(
 ) -> History:
     """Train a converted network, in place, to be as good as it was for fewer multiply-adds.
 
-    The loss is ``(1 - d) CE(labels) + d KL(teacher) + weight * L_e``, see `EfficiencyLoss`. Without labels the
-    teacher alone is followed. Runs on `accelerate`: any device, and several processes with ``accelerate launch``.
+    The loss is ``(1 - d) CE(labels) + d KL(teacher) + weight * L_e + v * L_f``, see `EfficiencyLoss` and
+    `FeatureLoss`. Without labels the teacher alone is followed. Runs on `accelerate`: any device, and several
+    processes with ``accelerate launch``.
 
     Args:
         dynamic: what `redconvert.convert` returned, calibrated or not.
@@ -81,6 +85,9 @@ def finetune(
         teacher: "original": a frozen dense copy of the network as it is now; or a network or function; or None.
         distill: d, the teacher's share of the task loss where there are labels.
         temperature: of the distillation, see `distillation_loss`.
+        features: v, the weight of what the network misses of its teacher's features (L_f); 0 leaves it out, 100 is a
+            good start. Steps in which gates learn are without it, as it would open them: set ``gate_every``.
+        feature_layers: names of the modules to compare at; None: the blocks, see `FeatureLoss`.
         criterion: ``(outputs, labels) -> scalar`` instead of cross entropy.
         correct: ``(outputs, labels) -> (N)`` booleans for Eq. 6, for outputs that are not class scores.
         optimizer: "sgd" (Nesterov) or "adamw"; ``momentum`` is its first coefficient.
@@ -115,8 +122,11 @@ def finetune(
     settings = Settings(
         epochs, lr, lr if gate_lr is None else gate_lr, target, efficiency, optimizer, momentum, weight_decay,
         warmup, distill, temperature, clip, accumulate, mixed_precision, freeze_norms, seed, kind, length_of(train),
-        gate_every, teacher is None if dropout is None else dropout,
+        gate_every, teacher is None if dropout is None else dropout, features=features,
+        feature_layers=None if feature_layers is None else tuple(feature_layers),
     )  # fmt: skip
+    if feature_layers is not None and not features:
+        raise RedconvertError("feature_layers says where, and features=0 that nothing is compared: give it a weight")
     if save_every is not None and save_every < 1:
         raise RedconvertError(f"save_every={save_every!r} must be at least 1, or None: after each epoch")
     meter = EfficiencyLoss(dynamic, target=target, correct=correct)
@@ -137,7 +147,12 @@ def finetune(
         if teacher == "original":
             taught = frozen_original(dynamic)
             file.keep_teacher(taught, resume, write=accelerator.is_main_process)
-        objective = Objective(taught, 0.0 if taught is None else distill, temperature, criterion, meter, efficiency)
+        missed = None
+        if features:
+            missed = FeatureLoss(dynamic, taught, feature_layers)
+            stack.callback(missed.close)
+        share = 0.0 if taught is None else distill
+        objective = Objective(taught, share, temperature, criterion, meter, efficiency, missed, features)
         run = Run(dynamic, settings, objective, accelerator, file)
         stack.enter_context(unwrapped(dynamic))
         run.prepare(train, val)

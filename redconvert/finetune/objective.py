@@ -1,4 +1,4 @@
-"""The loss of one batch: labels, teacher and efficiency."""
+"""The loss of one batch: labels, teacher, its features, and efficiency."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..errors import RedconvertError
 from ..inputs import call_with, evaluating, take_inputs, take_labels
 from .distill import distillation_loss, teach
+from .features import FeatureLoss
 from .loss import EfficiencyLoss, rows_of
 
 __all__ = ["Objective", "Terms"]
@@ -32,7 +33,7 @@ class Terms(NamedTuple):
 
 
 class Objective:
-    """``(1 - d) criterion(outputs, labels) + d distillation(outputs, teacher) + weight * L_e``.
+    """``(1 - d) criterion(outputs, labels) + d distillation(outputs, teacher) + weight * L_e + v * L_f``.
 
     Args:
         teacher: a network or function; None: labels alone.
@@ -41,6 +42,8 @@ class Objective:
         criterion: ``(outputs, labels) -> scalar``; cross entropy where None.
         efficiency: prices the passes of the network that trains.
         weight: of the efficiency loss; 0 measures costs alone.
+        features: compares the network with the teacher on the way; None: answers alone.
+        features_weight: v.
     """
 
     def __init__(
@@ -51,9 +54,12 @@ class Objective:
         criterion: Callable[[Any, Any], Tensor] | None,
         efficiency: EfficiencyLoss,
         weight: float,
+        features: FeatureLoss | None = None,
+        features_weight: float = 0.0,
     ) -> None:
         self.teacher, self.distill, self.temperature = teacher, distill, temperature
         self.criterion, self.efficiency, self.weight = criterion, efficiency, weight
+        self.features, self.features_weight = features, features_weight
 
     def __call__(self, network: nn.Module, batch: Any) -> Terms:
         """Run ``network`` on a batch and price its answer.
@@ -64,7 +70,8 @@ class Objective:
         inputs, labels = take_inputs(batch), take_labels(batch)
         if labels is None and self.teacher is None:
             raise RedconvertError("the batch has no labels and there is no teacher: pass (inputs, labels) or a teacher")
-        taught = teach(self.teacher, inputs) if self.teacher is not None and (self.distill or labels is None) else None
+        asks = self.distill or labels is None or self.features is not None
+        taught = teach(self.teacher, inputs) if self.teacher is not None and asks else None
         outputs = call_with(network, inputs)
         task = self._task(outputs, labels, taught)
         right = _right(outputs, taught if labels is None else labels)
@@ -73,16 +80,25 @@ class Objective:
                 outputs, taught if labels is None or self.distill == 1 else labels
             )
             assert self.efficiency.costs is not None
-            return Terms(loss, task.detach(), self.efficiency.costs, right)
+            return Terms(loss + self._missed(), task.detach(), self.efficiency.costs, right)
         with torch.no_grad():
             costs = self.efficiency.cost(rows_of(outputs))
-        return Terms(task, task.detach(), costs, right)
+        return Terms(task + self._missed(), task.detach(), costs, right)
 
     def evaluate(self, network: nn.Module, batch: Any) -> Terms:
         """The same in ``eval()`` and without gradients."""
         with evaluating(network):
             terms = self(network, batch)
         return terms
+
+    def _missed(self) -> Tensor | float:
+        """What the network misses of the teacher's features, in steps in which gates rest: it would open them."""
+        if self.features is None:
+            return 0.0
+        if torch.is_grad_enabled() and self.features.gates_rest:
+            return self.features_weight * self.features()
+        self.features.forget()
+        return 0.0
 
     def _task(self, outputs: Any, labels: Any, taught: Any) -> Tensor:
         d = self.distill if labels is not None else 1.0

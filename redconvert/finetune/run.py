@@ -55,14 +55,21 @@ class Settings:
     gate_every: int = 1
     dropout: bool = True
     processes: int = 1
+    features: float = 0.0
+    feature_layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "accumulate", "gate_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise RedconvertError(f"{name}={getattr(self, name)!r} must be an integer of at least 1")
-        for name in ("lr", "gate_lr", "efficiency", "weight_decay"):
+        for name in ("lr", "gate_lr", "efficiency", "weight_decay", "features"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RedconvertError(f"{name}={getattr(self, name)!r} must be a number of at least 0")
+        if self.features and self.gate_every == 1:
+            raise RedconvertError(
+                f"features={self.features!r} is left out of steps in which gates learn, as it would open them whatever "
+                f"that costs, and with gate_every=1 they always do: pass gate_every=8"
+            )
         for name in ("temperature", "clip"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise RedconvertError(f"{name}={getattr(self, name)!r} must be positive")
