@@ -44,15 +44,10 @@ ROWS = {
     "for the answer, principal, one pass, matched variance": ("principal", 1000, 0, True),
     "for the answer, principal, one pass, matched variance, 100 images": ("principal", 100, 0, True),
     "for the answer, principal, 1 round, matched variance": ("principal", 1000, 1, True),
-    **{
-        f"for the answer, principal, one pass, matched variance, temperature {temperature}": (
-            "principal",
-            1000,
-            0,
-            True,
-        )
-        for temperature in (1, 2, 8, 1000)
-    },
+    **dict.fromkeys(
+        [f"for the answer, principal, one pass, matched variance, temperature {t}" for t in (1, 2, 8, 1000)],
+        ("principal", 1000, 0, True),
+    ),
 }
 
 

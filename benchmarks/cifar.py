@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from training import is_dynamic
 
 import redconvert
-from redconvert.cascade import margin
+from redconvert.cascade import margin, threshold_of
 from redconvert.cost import dense_macs
 from redconvert.evaluate import spread_of_macs
 
@@ -201,9 +201,7 @@ def _threshold(little: nn.Module, held_out: list[Tensor], total: float, big: nn.
     """Of the margin, such that of ``held_out`` as many lie below as ``total`` pays for."""
     if is_dynamic(little):
         return float(redconvert.cascade(little, held_out, total, big=big).threshold)
-    # As `redconvert.cascade`: the largest threshold below which no more than this share lies; nobody is surer than 1.
-    sure = torch.cat([margin(_answers(little, batch)) for batch in held_out]).double().sort().values
-    return float(torch.cat([sure, sure.new_tensor([2.0])])[int(min(total - alone, 1.0) * len(sure) + 1e-9)])
+    return threshold_of(torch.cat([margin(_answers(little, batch)) for batch in held_out]), total - alone)
 
 
 @torch.no_grad()

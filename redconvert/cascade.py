@@ -182,13 +182,19 @@ def cascade(
             f"budget={budget:g} is below what the first pass alone costs, {little:.4f} of the dense MACs: set a lower "
             f"budget of the network first (redconvert.set_budget)"
         )
-    share = min((budget - little) / dense, 1.0)
-    # The largest threshold below which no more than this share lies; nobody is surer than 1.
-    ordered = torch.cat([sure.sort().values, torch.tensor([2.0], dtype=torch.float64)])
-    threshold = float(ordered[int(share * len(sure) + 1e-9)])
+    share = (budget - little) / dense
+    threshold = threshold_of(sure, share)
     again = float((sure < threshold).double().mean())
     cost = CascadeCost(little + again * dense, little, dense, again, len(sure))
     return Cascade(dynamic, big, threshold, confidence, cost, blend)
+
+
+def threshold_of(sure: Tensor, share: float) -> float:
+    """The largest threshold below which no more than this share of the confidences ``sure (N)`` lies."""
+    ordered = torch.cat(
+        [sure.double().sort().values, torch.tensor([2.0], dtype=torch.float64)]
+    )  # nobody is surer than 1
+    return float(ordered[int(min(share, 1.0) * len(sure) + 1e-9)])
 
 
 def _scores(outputs: Any) -> Tensor:

@@ -68,7 +68,7 @@ class FoldedGate:
 
     def _read_thresholds(self) -> None:
         """Whatever was made of other thresholds is made anew."""
-        version = self.gate._buffers["threshold"]._version  # type: ignore[union-attr]  # as .threshold, at once
+        version = self.gate.threshold._version
         if self._version == version:
             return
         self._version = version

@@ -63,6 +63,8 @@ class Regions:
             for module in modules.values()
             if isinstance(module, Unit) and getattr(module.layer, "hands_to", None) is not None
         }
+        # Whoever reads the channels outside a unit is told of weights, which have a row for each sample of the batch.
+        self._tied = any(unit.reader is None for unit in self._handovers.values())
         places = {modules.get(str(node.target)): at for at, node in enumerate(nodes)}
         handing = [unit for unit in self._handovers.values() if unit in places]
         self._spans = [(places[unit], places.get(unit.reader, len(nodes))) for unit in handing]
@@ -78,8 +80,7 @@ class Regions:
         steps, earlier = self.nodes[position:end], set(self.nodes[:position]) | self.inputs
         within = {*earlier, *steps}
         read = {node for step in steps for node in step.all_input_nodes if node in earlier}
-        tied = any(isinstance(each, Unit) and each.reader is None for each in self._handovers.values())
-        if not steps or tied or not all(node in self._apart or self._is_batch(node, within) for node in read):
+        if not steps or self._tied or not all(node in self._apart or self._is_batch(node, within) for node in read):
             return None
 
         def is_read(node: fx.Node) -> bool:
@@ -144,10 +145,10 @@ class Regions:
 def _rows(value: Tensor | Frames, samples: list[int]) -> Tensor | Frames:
     """Of these samples alone; a view where they stand side by side."""
     first, last = samples[0], samples[-1] + 1
-    beside, index = samples == list(range(first, last)), torch.tensor(samples)
+    beside = samples == list(range(first, last))
 
     def pick(x: Tensor) -> Tensor:
-        return x[first:last] if beside else select(x, 0, index)
+        return x[first:last] if beside else select(x, 0, torch.tensor(samples))
 
     if not isinstance(value, Frames):
         return pick(value)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import gpu_passes
-from .layouts import as_clips, as_images, as_rows, blocked_filter, channels_last, from_rows, in_blocks, to_rows
+from .layouts import as_rows, blocked_filter, channels_last, from_rows, in_blocks, to_rows, views
 from .vectors import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -86,20 +86,20 @@ class GpuConv:
         """Without bias: PyTorch adds that in a pass of its own."""
         convolve: Callable[..., Tensor] = F.conv3d if base in ("conv", "blocks") else F.conv2d
         x = self._picked(base, x)
-        image, geometry = as_images(base, x), self._geometry(base)
-        return as_clips(base, convolve(image, self._weight(base), None, *geometry, self.filter.groups), x)
+        view, back = views(base, x.shape)
+        return back(convolve(view(x), self._weight(base), None, *self._geometry(base), self.filter.groups))
 
     def _run_fused(self, base: str, x: Tensor, residual: Tensor | None) -> Tensor:
         x = self._picked(base, x)
-        image, weight, bias = as_images(base, x), self._weight(base), self._bias(x.dtype)
+        view, back = views(base, x.shape)
+        weight, bias = self._weight(base), self._bias(x.dtype)
         geometry = (*self._geometry(base), self.filter.groups)
         operators: Any = torch.ops.aten
         if residual is None:
-            y = operators.cudnn_convolution_relu(image, weight, bias, *geometry)
+            y = operators.cudnn_convolution_relu(view(x), weight, bias, *geometry)
         else:
-            other = as_images(base, residual)
-            y = operators.cudnn_convolution_add_relu(image, weight, other, 1.0, bias, *geometry)
-        return as_clips(base, y, x)
+            y = operators.cudnn_convolution_add_relu(view(x), weight, view(residual), 1.0, bias, *geometry)
+        return back(y)
 
     def _run_rows(self, x: Tensor, residual: Tensor | None, activation: str, fused: bool) -> Tensor:
         x = self._picked("rows", x)

@@ -8,8 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
-    "as_clips",
-    "as_images",
     "as_rows",
     "blocked_filter",
     "channels_last",
@@ -57,19 +55,9 @@ def views(form: str, shape: Sequence[int]) -> tuple[View, View]:
     return _itself, _itself
 
 
-def as_images(form: str, x: Tensor) -> Tensor:
-    """Clips as the tensor that a form convolves."""
-    return views(form, x.shape)[0](x)
-
-
 def as_rows(x: Tensor) -> Tensor:
     """Clips as one row per position: a view."""
     return to_rows(x).flatten(0, 3)
-
-
-def as_clips(form: str, y: Tensor, x: Tensor) -> Tensor:
-    """What a form returned for clips x as clips."""
-    return views(form, x.shape)[1](y)
 
 
 def _itself(x: Tensor) -> Tensor:

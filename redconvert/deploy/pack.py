@@ -108,13 +108,9 @@ class PackedConv:
             return y
         if self.form not in self._candidates:  # None, or found on a GPU
             forms = self._candidates
-            self.form = forms[0] if len(forms) == 1 else self._fastest(forms, x, residual, activation, means)
+            self.form = forms[0] if len(forms) == 1 else self._fastest(forms, x, residual, key, means)
         assert self.form is not None
-        if self.form == "channels":
-            return self._run_channels(x, residual, activation, means)
-        y = self._bind(self.form, key)(x, residual)
-        pool_into(means, to_rows(y))
-        return y
+        return self._runner(self.form, key)(x, residual, means)
 
     def gives_means(self) -> bool:
         """Whether it adds the means of its result over H and W, ``(N, T_o, C_out)``, to ``means``."""
@@ -156,26 +152,30 @@ class PackedConv:
         self.form = self._gpu.form
         return y
 
-    def _fastest(
-        self, forms: list[str], x: Tensor, residual: Tensor | None, activation: str, means: Tensor | None
-    ) -> str:
+    def _fastest(self, forms: list[str], x: Tensor, residual: Tensor | None, key: Key, means: Tensor | None) -> str:
+        runners = {form: self._runner(form, (*key[:4], False)) for form in forms}  # trials overwrite nothing
         times: dict[str, list[float]] = {form: [] for form in forms}
         for _ in range(TRIALS):
-            for form in forms:
+            for form, run in runners.items():
                 begin = time.perf_counter()
-                self._run(form, x, residual, activation, None if means is None else torch.zeros_like(means))
+                run(x, residual, None if means is None else torch.zeros_like(means))
                 times[form].append(time.perf_counter() - begin)
         fastest = min(times, key=lambda form: min(times[form]))
         self._packed = {key: packed for key, packed in self._packed.items() if key[0] == fastest}
         return fastest
 
-    def _run(self, form: str, x: Tensor, residual: Tensor | None, activation: str, means: Tensor | None) -> Tensor:
-        """One form, as it is timed."""
+    def _runner(self, form: str, key: Key) -> Callable[[Tensor, Tensor | None, Tensor | None], Tensor]:
+        """One form, with means: a function of clips, residual and the room for them."""
         if form == "channels":
-            return self._run_channels(x, residual, activation, means)
-        y = self._bind(form, (x.shape, x.dtype, residual is None, activation, False))(x, residual)
-        pool_into(means, to_rows(y))
-        return y
+            return lambda x, residual, means: self._run_channels(x, residual, key[3], means)
+        bound = self._bind(form, key)
+
+        def run(x: Tensor, residual: Tensor | None, means: Tensor | None) -> Tensor:
+            y = bound(x, residual)
+            pool_into(means, to_rows(y))
+            return y
+
+        return run
 
     def _bind(self, form: str, key: Key) -> Bound:
         """One form for clips of one shape and what follows it: everything but the numbers looked up."""

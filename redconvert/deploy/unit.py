@@ -101,7 +101,6 @@ class Unit(nn.Module):
         self._packs: dict[str, PackedConv] = {}
         self._shapes: dict[torch.Size, torch.Size] = {}
         self._paths: dict[tuple[Decision, bool, int, int], Path | None] = {}
-        self._axes: dict[Any, list[list[int | None]]] = {}
         self._filters: dict[tuple[int, int, bool], Filter] = {}
         self._reduced: dict[tuple[int, int], Reduced] = {}
         self._fillings: dict[tuple[int, int], Filling | None] = {}
@@ -236,14 +235,6 @@ class Unit(nn.Module):
 
     def _forced(self, num_samples: int) -> list[list[int | None]]:
         """What `redconvert.forced` asks of these samples, on the channel and the temporal axis."""
-        if any(isinstance(wanted, list) for wanted in self.layer.forced):
-            return self._forced_by_sample(num_samples)
-        key = (*self.layer.forced, num_samples)
-        if key not in self._axes:
-            self._axes[key] = self._forced_by_sample(num_samples)
-        return self._axes[key]
-
-    def _forced_by_sample(self, num_samples: int) -> list[list[int | None]]:
         layer, total = self.layer, max(self.batch.total, num_samples)
         samples = self.batch.samples or range(num_samples)
         axes: list[list[int | None]] = []

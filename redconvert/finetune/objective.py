@@ -74,16 +74,17 @@ class Objective:
         taught = teach(self.teacher, inputs) if self.teacher is not None and asks else None
         outputs = call_with(network, inputs)
         task = self._task(outputs, labels, taught)
+        loss = task + self._missed()
         right = _right(outputs, taught if labels is None else labels)
         if self.weight and torch.is_grad_enabled():
-            loss = task + self.weight * self.efficiency(
+            loss = loss + self.weight * self.efficiency(
                 outputs, taught if labels is None or self.distill == 1 else labels
             )
             assert self.efficiency.costs is not None
-            return Terms(loss + self._missed(), task.detach(), self.efficiency.costs, right)
+            return Terms(loss, task.detach(), self.efficiency.costs, right)
         with torch.no_grad():
             costs = self.efficiency.cost(rows_of(outputs))
-        return Terms(task + self._missed(), task.detach(), costs, right)
+        return Terms(loss, task.detach(), costs, right)
 
     def evaluate(self, network: nn.Module, batch: Any) -> Terms:
         """The same in ``eval()`` and without gradients."""

@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from problems import batches, network, run, same_state, state_of, undecided
+from problems import Interrupted, batches, network, run, same_state, state_of, undecided
 from torch import Tensor, nn
 
 import redconvert
@@ -244,16 +244,6 @@ def test_gradient_checkpointing_changes_nothing(dims):
 
 
 def test_interrupted_and_resumed(tmp_path):
-    class Interrupted(list):
-        reads = 0
-
-        def __iter__(self):
-            for batch in super().__iter__():
-                self.reads += 1
-                if self.reads == 6:  # one is read to measure costs, three in the first epoch
-                    raise KeyboardInterrupt
-                yield batch
-
     settings = {"epochs": 2, "lr": 0.1, "features": 5.0, "gate_every": 2}
     whole = undecided(network())
     wanted = run(whole, batches(), **settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from killed import BATCHES, EPOCHS, finetuned
-from problems import Net, Planted, batches, network, run, same_state, state_of, undecided
+from problems import Interrupted, Net, Planted, batches, network, run, same_state, state_of, undecided
 from torch.utils.data import DataLoader
 
 import redconvert
@@ -100,17 +100,6 @@ def test_after_the_end(tmp_path, monkeypatch):
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_teacher_is_the_network_of_the_beginning(tmp_path, trained):
     """An interrupted cell of a notebook is run again with the network that it has half trained."""
-
-    class Interrupted(list):
-        reads = 0
-
-        def __iter__(self):
-            for batch in super().__iter__():
-                self.reads += 1
-                if self.reads == 6:  # one is read to measure costs, three in the first epoch
-                    raise KeyboardInterrupt
-                yield batch
-
     dynamic = undecided(network())
     wanted = run(undecided(network()), batches(), epochs=2, distill=1.0, lr=0.1).losses
     data = Interrupted(batches())
