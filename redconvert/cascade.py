@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .cost.measure import MacsMeter
 from .deploy import deploy
 from .errors import RedconvertError
 from .inputs import call_with, device_of, each_batch, measuring, move_to
-from .layers import dynamic_layers
+from .layers import DynamicConv, dynamic_layers
 from .layers.modes import attributes
 from .layers.routing import sample_rows, select
 
@@ -33,6 +34,8 @@ def margin(scores: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class CascadeCost:
     """What a `Cascade` costs on average, as shares of the dense network's multiply-adds.
+
+    Where the first network has no dynamic layers, that is the second one.
 
     Attributes:
         mean: of all samples, ``little + asked_again * big``.
@@ -65,7 +68,8 @@ class Cascade(nn.Module):
     and `redconvert.evaluate.spread_of_macs` count both passes; within `redconvert.disabled` it is ``little``, dense.
 
     Args:
-        little: what `redconvert.convert` or `redconvert.deploy` returned, calibrated and under a budget.
+        little: what `redconvert.convert` or `redconvert.deploy` returned, calibrated and under a budget; or, with a
+            ``big``, any network that gives the same scores for less, such as one that `redconvert.freeze` returned.
         big: what answers the others; None: ``little`` with every dynamic layer dense (`redconvert.disabled`), which
             is the original network as long as its weights were not trained.
         threshold: of the confidence: 0 never asks again, above 1 always does.
@@ -93,7 +97,7 @@ class Cascade(nn.Module):
         if not isinstance(blend, int | float) or not 0 <= blend < 1:
             raise RedconvertError(f"blend={blend!r} must be the first answer's share in the second, in [0, 1)")
         self.blend = float(blend)
-        self._layers = tuple(dynamic_layers(little).values())  # in a tuple: they are in `little` already
+        self._layers = tuple(_layers(little, big).values())  # in a tuple: they are in `little` already
         self.little, self.big, self.confidence, self.cost = little, big, confidence, cost
         self.register_buffer("threshold", torch.tensor(float(threshold)))
         self.eval()
@@ -113,7 +117,7 @@ class Cascade(nn.Module):
         """The networks' own arguments; class scores ``(N, classes)``."""
         scores = _scores(self.little(*args, **kwargs))
         unsure = (self.confidence(scores) < self.threshold).nonzero().flatten()
-        if not any(layer.enabled for layer in self._layers):
+        if self._layers and not any(layer.enabled for layer in self._layers):
             unsure = unsure[:0]
         self.asked_again = unsure
         if not len(unsure):
@@ -153,30 +157,27 @@ def cascade(
     ``cascade(dynamic, batches, 0.65)`` lets 15 % of the samples have the dense network's answer.
 
     Args:
-        dynamic: a converted network that takes its reduced candidates; it is not changed.
+        dynamic: a converted network that takes its reduced candidates, or with ``big`` any other; it is not changed.
         batches: unlabelled, and such that the network was not trained on: it is surer of what it has learnt. Can be
             read several times.
-        budget: average multiply-adds of both passes together, as a share of the dense network's.
+        budget: average multiply-adds of both passes together, as a share of the dense network's; of those of ``big``
+            where the first network is not a dynamic one.
         big: another network for the second pass, such as the original of a trained one; what it costs is counted.
         confidence, blend: see `Cascade`.
 
     Raises:
-        RedconvertError: a budget that the first pass alone exceeds, no batches, outputs that are no class scores.
+        RedconvertError: a budget that the first pass alone exceeds, no batches, outputs that are no class scores, or
+            neither dynamic layers nor ``big``.
     """
     if isinstance(batches, Iterator):
         raise RedconvertError("batches is an iterator, which can be read only once: pass a list or a DataLoader")
     if not isinstance(budget, int | float) or not budget > 0:
         raise RedconvertError(f"budget={budget!r} must be a positive share of the dense MACs")
-    meter, parts = MacsMeter(dynamic, dynamic_layers(dynamic)), []
-    with measuring(dynamic):
-        for batch in each_batch(batches):
-            parts.append(confidence(_scores(meter.run(move_to(batch, device_of(dynamic))))).double().cpu())
-    sure = torch.cat(parts)
-    whole = statistics.mean(meter.dense)
-    little, dense = statistics.mean(meter.executed) / whole, 1.0
-    if big is not None:
-        first = move_to(next(each_batch(batches)), device_of(big))
-        dense = dense_macs(big, first).total / whole / _rows(first, big)
+    layers = _layers(dynamic, big)
+    sure, executed, whole = _first_pass(dynamic, layers, batches, confidence)
+    second = whole if big is None else _macs(big, batches)
+    whole = whole if layers else second
+    little, dense = executed / whole, second / whole
     if budget < little:
         raise RedconvertError(
             f"budget={budget:g} is below what the first pass alone costs, {little:.4f} of the dense MACs: set a lower "
@@ -187,6 +188,35 @@ def cascade(
     again = float((sure < threshold).double().mean())
     cost = CascadeCost(little + again * dense, little, dense, again, len(sure))
     return Cascade(dynamic, big, threshold, confidence, cost, blend)
+
+
+def _first_pass(
+    model: nn.Module, layers: dict[str, DynamicConv], batches: Any, confidence: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, float, float]:
+    """How sure it is of each sample, ``(samples)``, and its executed and dense MACs per sample."""
+    meter, parts = MacsMeter(model, layers), []
+    run = meter.run if layers else partial(call_with, model)
+    with measuring(model):
+        for batch in each_batch(batches):
+            parts.append(confidence(_scores(run(move_to(batch, device_of(model))))).double().cpu())
+    if layers:
+        return torch.cat(parts), statistics.mean(meter.executed), statistics.mean(meter.dense)
+    macs = _macs(model, batches)
+    return torch.cat(parts), macs, macs
+
+
+def _macs(model: nn.Module, batches: Any) -> float:
+    """Of a network without gates, per sample."""
+    first = move_to(next(each_batch(batches)), device_of(model))
+    with measuring(model):
+        samples = len(_scores(call_with(model, first)))
+    return dense_macs(model, first).total / samples
+
+
+def _layers(little: nn.Module, big: nn.Module | None) -> dict[str, DynamicConv]:
+    """The dynamic layers of the first network; it needs some where it is to answer again itself."""
+    plain = big is not None and not any(isinstance(module, DynamicConv) for module in little.modules())
+    return {} if plain else dynamic_layers(little)
 
 
 def threshold_of(sure: Tensor, share: float) -> float:
@@ -213,9 +243,3 @@ def _samples(inputs: Any, samples: Tensor, count: int) -> Any:
         return select(leaf, 0, sample_rows(samples.to(leaf.device), leaf.shape[0] // count))
 
     return tree_map(pick, inputs)
-
-
-def _rows(inputs: Any, model: nn.Module) -> int:
-    """How many samples a batch holds: as many as it has answers."""
-    with measuring(model):
-        return len(_scores(call_with(model, inputs)))

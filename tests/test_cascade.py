@@ -92,6 +92,26 @@ def test_another_network_answers():
     assert torch.allclose(found(x)[unsure], big(x)[unsure], atol=1e-6)
 
 
+def test_a_frozen_network_asks_its_original():
+    """The same samples as of the dynamic network that it was; costs by hand are shares of the original."""
+    model, dynamic, x = network()
+    frozen = redconvert.freeze(dynamic, (1, 0))
+    with redconvert.forced(dynamic, channel=1):
+        little = dynamic(x)
+    found = cascade(frozen, [x[:10], x[10:]], 0.9, big=model)
+    half, dense = 36 * (8 * 3 * 9 + 8 * 8 + 8 * 16 * 9 + 8 * 8) + 16 * 5, 36 * (16 * 3 * 9 + 16 * 16 * 9) + 16 * 5
+    again = int((0.9 - half / dense) * 24)
+    assert (found.cost.little, found.cost.big) == (pytest.approx(half / dense), 1.0)
+    assert found.cost.asked_again == again / 24 and 0 < again < 24
+    out = found(x)
+    unsure = torch.zeros(24, dtype=torch.bool).index_fill(0, margin(little).argsort()[:again], True)
+    assert torch.equal(found.asked_again, unsure.nonzero().flatten())
+    assert torch.allclose(out[~unsure], little[~unsure], atol=1e-4)
+    assert torch.allclose(out[unsure], model(x)[unsure], atol=1e-4)
+    twin = Cascade(frozen, model, float(found.threshold))
+    assert torch.equal(twin(x), out)
+
+
 @pytest.mark.parametrize("deployed", [False, True])
 def test_both_answers_together(deployed):
     """Of those who are asked again; the others' are untouched."""
