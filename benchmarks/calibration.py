@@ -22,7 +22,10 @@ from common import RESULTS, environment, write
 
 import redconvert
 from redconvert import answers
+from redconvert.calibrate import metric
 
+DRAWS = range(1, 6)  # of calibration images: the first hundred of each thousand
+MOVES = {"one move each": 0, "several moves": metric.MOVES}  # of the answers, at least
 # name: (cheap operation, calibration images, rounds, matched variance); rounds None: not calibrated. Greedy rows choose
 # channels by the norms behind.
 ROWS = {
@@ -44,6 +47,10 @@ ROWS = {
     "for the answer, principal, one pass, matched variance": ("principal", 1000, 0, True),
     "for the answer, principal, one pass, matched variance, 100 images": ("principal", 100, 0, True),
     "for the answer, principal, 1 round, matched variance": ("principal", 1000, 1, True),
+    **dict.fromkeys(
+        [f"for the answer, principal, 100 images of draw {draw}, {moves}" for draw in DRAWS for moves in MOVES],
+        ("principal", 100, 0, True),
+    ),
     **dict.fromkeys(
         [f"for the answer, principal, one pass, matched variance, temperature {t}" for t in (1, 2, 8, 1000)],
         ("principal", 1000, 0, True),
@@ -80,10 +87,15 @@ def main() -> None:
         dynamic = convert(model, cheap=cheap)
         row: dict[str, float] = {}
         if rounds is not None:
-            batches = list(train[chosen[:count]].split(100))
+            first = 1000 * int(name.partition("draw ")[2][:1] or 0)
+            batches = list(train[chosen[first : first + count]].split(100))
             importance = "answers" if name.startswith("for the answer") else "norms"
             named = name.partition("temperature ")[2]
-            with patch.object(answers, "TEMPERATURE", float(named or answers.TEMPERATURE)):
+            moves = MOVES.get(name.rpartition(", ")[2], metric.MOVES)
+            with (
+                patch.object(answers, "TEMPERATURE", float(named or answers.TEMPERATURE)),
+                patch.object(metric, "MOVES", moves),
+            ):
                 found = redconvert.calibrate(dynamic, batches, rounds=rounds, match=match, importance=importance)
             row["calibration_s"] = round(found.seconds, 1)
         with redconvert.forced(dynamic, channel=1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 from ..answers import differentiable, direction
 from ..errors import RedconvertError
 from ..layers import DynamicConv
+from ..layers.gate import processes
 from .statistics import ChannelMoments, gram, process_rank, sum_over_processes
 
 __all__ = ["AnswerMetric"]
 
+# Moves of answers, over all samples, that tell channels apart. A hundred images want more than one each, a thousand do
+# not (measured: docs/results.md).
+MOVES = 256
 NORMS_SHARE = 1e-3  # of the norms' importance: it decides between channels that the answer does not tell apart
 
 
@@ -25,11 +30,18 @@ class AnswerMetric:
     An error e of the channels at a position moves the answer by ``g . e``, so ``E[e^T W e]`` is, to first order and for
     errors of different positions that are independent, twice the divergence of the answers, at the temperature of
     `redconvert.answers.direction`. What the layers behind do not read costs nothing, and errors that cancel behind
-    cost little: the norm's own scale tells neither. One backward pass per batch, through the activations alone.
+    cost little: the norm's own scale tells neither. One backward pass per batch, through the activations alone, or
+    a few where there are fewer samples than `MOVES`.
+
+    Args:
+        model: the network.
+        layers: those to watch.
+        seed: of the moves.
+        batches: how many will come in all, 0 where that is not known: then each sample's answer is moved once.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[DynamicConv], seed: int = 0) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, layers: Iterable[DynamicConv], seed: int = 0, batches: int = 0) -> None:
+        self.model, self.batches = model, batches
         self.generator = torch.Generator().manual_seed(seed + process_rank())
         self.sums = {
             layer: torch.zeros(layer.out_channels, layer.out_channels, dtype=torch.float64, device=layer.weight.device)
@@ -59,11 +71,14 @@ class AnswerMetric:
         return out
 
     def move(self, outputs: Any) -> None:
-        """Send one random move of each sample's answer back through the network."""
+        """Send random moves of each sample's answer back through the network."""
         found = differentiable(outputs)
-        directions = [direction(output.detach(), self.generator) for output in found]
+        samples = self.batches * processes() * len(found[0]) if found else 0
+        moves = max(round(MOVES / samples), 1) if samples else 1
         try:
-            torch.autograd.backward(found, directions)
+            for index in range(moves):
+                directions = [direction(output.detach(), self.generator) / math.sqrt(moves) for output in found]
+                torch.autograd.backward(found, directions, retain_graph=index + 1 < moves)
         except RuntimeError as error:
             raise RedconvertError(
                 f"the network's answers cannot be differentiated ({error}): calibrate with importance='norms'"

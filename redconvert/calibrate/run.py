@@ -142,7 +142,8 @@ class _Run:
     ) -> None:
         self.model, self.layers, self.batches, self.ridge = model, layers, batches, ridge
         self.readers = {layers[source]: layers[reader] for source, reader in pairs(layers).items()}
-        self.metric = AnswerMetric(model, layers.values()) if importance == "answers" else None
+        count = _count_batches(batches)
+        self.metric = AnswerMetric(model, layers.values(), batches=count) if importance == "answers" else None
         self.samples = 0  # of all processes, after a pass
         self.step: Step = lambda advance=1, text=None: None  # called after every batch
         modules, facts = dict(model.named_modules()), trace(model).facts

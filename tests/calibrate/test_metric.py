@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -48,6 +51,10 @@ def converted(model: nn.Module, **config) -> nn.Module:
     return redconvert.convert(
         model.eval(), settings, example_inputs=torch.randn(2, 3, 8, 8).to(next(model.parameters()))
     )
+
+
+def module_of(item: type) -> ModuleType:
+    return sys.modules[item.__module__]
 
 
 def batches(count: int = 2, size: int = 8) -> list[Tensor]:
@@ -103,6 +110,32 @@ def test_the_metric_is_the_gradients_of_the_answer():
     for layer, gradient in zip(layers.values(), torch.autograd.grad(scores, seen, along), strict=True):
         rows = gradient.transpose(0, 1).flatten(1)
         torch.testing.assert_close(metric.sums[layer], rows @ rows.T, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("count", "moves"), [(0, 1), (4, 8), (10, 3), (32, 1), (100, 1)])
+def test_few_samples_are_moved_several_times(monkeypatch, count, moves):
+    """`MOVES` in all, as near as may be; the mean over the moves, so that the size of the metric stays the same."""
+    dynamic = converted(Net().double())
+    x, layer = batches(1)[0].double(), dynamic.second
+    metric = AnswerMetric(dynamic, [layer], seed=7, batches=count)
+    along: list[Tensor] = []
+    monkeypatch.setattr(
+        module_of(AnswerMetric), "direction", lambda out, g: along.append(direction(out, g)) or along[-1]
+    )
+    handle = layer.register_forward_hook(lambda layer, _, out: metric.watch(layer, out))
+    with torch.no_grad(), metric.differentiating():
+        metric.move(dynamic(x))
+    handle.remove()
+    assert len(along) == moves
+
+    seen: list[Tensor] = []
+    plain = Net().double().eval()
+    plain.second.register_forward_hook(lambda _, __, out: seen.append(out.clone()) or seen[-1].clone())
+    scores, total = plain(x), torch.zeros(12, 12, dtype=F64)
+    for each in along:
+        (gradient,) = torch.autograd.grad(scores, seen, each, retain_graph=True)
+        total += gradient.transpose(0, 1).flatten(1) @ gradient.transpose(0, 1).flatten(1).T / moves
+    torch.testing.assert_close(metric.sums[layer], total, rtol=1e-9, atol=1e-12)
 
 
 def test_where_no_answer_depends_on_a_layer_the_norms_decide():
