@@ -10,7 +10,6 @@ in passes of the dense network over the same batches. Clips: ``$REDCONVERT_DATA`
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import statistics
 import time
@@ -29,9 +28,8 @@ from torch import Tensor, nn
 import redconvert
 from redconvert import zoo
 from redconvert.calibrate.metric import AnswerMetric
+from redconvert.calibrate.passes import Passes
 from redconvert.calibrate.statistics import ChannelMoments
-
-calibration = importlib.import_module("redconvert.calibrate.run")  # the package hands on its function by that name
 
 
 class Stopwatch:
@@ -58,14 +56,13 @@ class Stopwatch:
 def watching() -> Iterator[tuple[Stopwatch, Stopwatch]]:
     """Stopwatches of whole passes, and of what is collected within them."""
     passes, collecting = Stopwatch(), Stopwatch()
-    run = calibration._Run
-    original = run._pass
+    original = Passes.run
 
     def watched_pass(self: Any, collect: Any, *args: Any, **kwargs: Any) -> None:
         original(self, collecting.wrapped(collect), *args, **kwargs)
 
     with ExitStack() as stack:
-        stack.enter_context(patch.object(run, "_pass", passes.wrapped(watched_pass)))
+        stack.enter_context(patch.object(Passes, "run", passes.wrapped(watched_pass)))
         for owner, name in ((AnswerMetric, "_add"), (ChannelMoments, "add")):
             stack.enter_context(patch.object(owner, name, collecting.wrapped(getattr(owner, name))))
         yield passes, collecting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -11,17 +10,15 @@ from torch.nn import functional as F
 
 from ..layers import Decision, DynamicConv
 from ..layers.cheap import Pointwise
-from ..layers.gate import processes
-from ..layers.routing import group_samples, sample_rows
+from .mending import MendedLayer
 from .regress import FOLDS, best_strength, products, ridge_towards
 from .solve import solve_channels
-from .statistics import ChannelMoments, norm_slope, sum_over_processes
+from .statistics import ChannelMoments
 
-__all__ = ["AbsorbedMoments", "making_up", "slope_behind", "start_absorbed"]
+__all__ = ["AbsorbedMoments", "start_absorbed"]
 
 LARGEST = 3000  # predictors (channels times taps) up to which a regression on patches is worth its memory
 POSITIONS = (64, 512)  # of one sample's output that are read: at least, at most
-LEAST_SLOPE = 0.1  # of the mean: what a norm all but removes need not make up for anything
 ROWS_PER_PREDICTOR = 1  # before fewer rows the start stands
 
 
@@ -51,7 +48,7 @@ def start_absorbed(reader: DynamicConv, index: int, moments: ChannelMoments, rid
     return left
 
 
-class AbsorbedMoments:
+class AbsorbedMoments(MendedLayer):
     """Of one reader: its dense results, regressed on patches of the channels that are there.
 
     ``W_i`` and ``b_i`` minimise ``E |y - W_i * x_k - b_i|^2`` at sampled output positions, y from the dense network and
@@ -59,14 +56,8 @@ class AbsorbedMoments:
     many channels has more predictors than a few dozen clips show different things. Its strength is the one with which
     the solution of each half of the samples does best on the other half; where none does any good, the start stays.
 
-    With the reduced network, layers are mended in the order in which they run, so that each regresses on inputs that
-    are right already: one pass does for all. Where an input that the reduced network has changed is added to the result
-    (a residual block's), the layer makes up for that as well: its target is y less that change, seen through the norm.
-
     Args:
-        layer: the reader.
-        ridge: the least, relative to the mean variance of the predictors.
-        norm: the batch norm between the layer and the sum, if there is one.
+        layer: the reader; ridge, norm: see `MendedLayer`.
         dense: whether `add_dense` will be called, or `mend`. Channels of the candidates are nested, and so are sums
             over patches of the dense network's: those of the largest candidate hold all others.
     """
@@ -75,7 +66,7 @@ class AbsorbedMoments:
         self, layer: DynamicConv, ridge: float, norm: nn.Module | None = None, *, dense: bool = False, seed: int = 0
     ) -> None:
         assert layer.reads_from is not None
-        self.layer, self.ridge, self.slope = layer, ridge, slope_behind(layer, norm)
+        super().__init__(layer, ridge, norm)
         self.generator = torch.Generator().manual_seed(seed)
         taps = layer.weight[0, 0].numel()
         sizes = {i: 1 + kept * taps for i, kept in enumerate(layer.reads_from.channels) if i}
@@ -87,8 +78,6 @@ class AbsorbedMoments:
             i: sums[:, : layer.out_channels + size, :size] for (i, size), sums in zip(sizes.items(), each, strict=True)
         }
         self.start = {i: self._weights(i) for i in self.sums}
-        self.samples = 0
-        self.solved = dict.fromkeys(self.sums, 0.0)  # rows that the last solution saw
         self.strength: dict[int, float] = {}
 
     def add_dense(self, x: Tensor, y: Tensor) -> None:
@@ -96,51 +85,26 @@ class AbsorbedMoments:
         for sums in self.stored:
             sums += self._products(min(self.sums), x, y)
 
-    def mend(self, x: Tensor, out: Tensor, decisions: Sequence[Decision], added: Tensor | None = None) -> Tensor:
-        """Add one call's input and result, both of the dense stream and then of the reduced one; the mended result.
-
-        Args:
-            x: ``(2N, C_in, ...)``; out: ``(2N, C_out, ...)``.
-            decisions: of each reduced sample.
-            added: what will be added to the result, of both streams, where that is known.
-        """
-        dense, found = out.chunk(2)
-        given, mended = x.chunk(2)[1], found.clone()
-        dense_target = making_up(dense, added, self.slope)
-        for decision, samples in group_samples(decisions).items():
-            if decision.source not in self.sums or decision.blend:
-                continue
-            rows = sample_rows(torch.tensor(samples, device=out.device), self.layer.frames_per_sample)
-            part = given.index_select(0, rows)
-            self.sums[decision.source] += self._products(decision.source, part, dense_target.index_select(0, rows))
-            # Few solutions tell as much as many. Several processes must pull towards the same, and solve at the end.
-            if processes() == 1 and self._rows(decision.source) >= 2 * self.solved[decision.source]:
-                self._solve(decision.source)
-            mended[rows] = self.layer.compute(part, decision)
-        return torch.cat([dense, mended])
-
-    def synchronize(self) -> None:
-        """Sum over processes, where there are several."""
-        for sums in self.stored:
-            sum_over_processes(sums)
-
     def apply(self) -> None:
-        """Solve with all that was seen."""
-        for index in self.sums:
-            self.strength.pop(index, None)
-            self._solve(index)
+        self.strength.clear()  # chosen anew, with all that was seen
+        super().apply()
 
-    @property
-    def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(sums).all()) for sums in self.stored)
+    def _candidate(self, decision: Decision) -> int:
+        return 0 if decision.blend else decision.source
+
+    def _predictors(self, x: Tensor, decision: Decision) -> Tensor:
+        return x
+
+    def _add(self, index: int, predictors: Tensor, wanted: Tensor) -> None:
+        self.sums[index] += self._products(index, predictors, wanted)
+
+    def _result(self, predictors: Tensor, decision: Decision) -> Tensor:
+        return self.layer.compute(predictors, decision)
 
     def _zeros(self, size: int) -> Tensor:
         return torch.zeros(
             FOLDS, self.layer.out_channels + size, size, dtype=torch.float64, device=self.layer.weight.device
         )
-
-    def _rows(self, index: int) -> float:
-        return float(self.sums[index][:, self.layer.out_channels, 0].sum())
 
     @torch.no_grad()
     def _weights(self, index: int) -> Tensor:
@@ -162,10 +126,7 @@ class AbsorbedMoments:
         x = x.detach().index_select(1, self.layer.reads_from.kept(index)).float()
         patches, positions = _patches(self.layer, x, y, self._positions(index, y), self.generator)
         targets = y.detach().flatten(2).index_select(2, positions).float()
-        frames, samples = self.layer.frames_per_sample, len(x) // self.layer.frames_per_sample
-        fold = (self.samples + torch.arange(samples, device=x.device)).repeat_interleave(frames) % FOLDS
-        self.samples += samples
-        return products(targets, patches, fold)
+        return products(targets, patches, self._fold(len(x), x.device))
 
     def _positions(self, index: int, y: Tensor) -> int:
         """How many: products of patches are to cost no more than the convolution."""
@@ -176,7 +137,7 @@ class AbsorbedMoments:
     @torch.no_grad()
     def _solve(self, index: int) -> None:
         layer, start = self.layer, self.start[index]
-        count, size = self._rows(index), start.shape[1]
+        count, size = self._count(index), start.shape[1]
         if count < ROWS_PER_PREDICTOR * size:
             return
         assert layer.reads_from is not None
@@ -195,27 +156,6 @@ def _set(reader: DynamicConv, index: int, correction: Tensor, shift: Tensor) -> 
     assert reader.cheap_in is not None
     reader.cheap_in.weights[index - 1].copy_(correction)
     reader.cheap_in.biases[index - 1].copy_(shift)
-
-
-def making_up(dense: Tensor, added: Tensor | None, slope: Tensor) -> Tensor:
-    """What a layer is to give: its dense result, and what the reduced network has changed of that which is added to it.
-
-    Args:
-        dense: ``(N, C, ...)``.
-        added: of both streams, ``(2N, C, ...)``; None where nothing is, or nobody knows.
-        slope: what the norm between multiplies each channel by, ``(C)``.
-    """
-    if added is None or added.shape != (2 * len(dense), *dense.shape[1:]):
-        return dense
-    before, changed = added.chunk(2)
-    return dense + (before - changed) / slope.to(dense.dtype).view(1, -1, *(1,) * (dense.dim() - 2))
-
-
-def slope_behind(layer: DynamicConv, norm: nn.Module | None) -> Tensor:
-    """What a batch norm multiplies each channel by; nearly none of it is taken for LEAST_SLOPE of the others'."""
-    slope = norm_slope(layer, norm)
-    least = LEAST_SLOPE * slope.abs().mean()
-    return torch.where(slope.abs() < least, torch.where(slope < 0, -least, least), slope)
 
 
 def _patches(layer: DynamicConv, x: Tensor, y: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import operator
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..answers import in_backward
 from ..convert.trace import trace
 from ..errors import RedconvertError
-from ..inputs import call_with, device_of, each_batch, measuring, move_to, tensors_in, unwrapped
-from ..layers import Decision, DynamicConv, Observation, dynamic_layers, forced, observed
+from ..inputs import measuring, unwrapped
+from ..layers import Decision, DynamicConv, dynamic_layers
 from ..layers.absorb import pairs
 from ..layers.modes import undone_on_error
-from ..progress import Step, progress_bar
+from ..progress import progress_bar
 from .absorb import AbsorbedMoments, start_absorbed
 from .match import MatchedVariance
 from .metric import AnswerMetric
 from .mixtures import MixtureMoments
+from .passes import Passes, Reduced, count_batches
 from .reduced import ROWS_PER_CHANNEL, ReducedMoments
 from .result import CalibratedLayer, Calibration
 from .select import greedy_order, greedy_sources
 from .solve import solve_channels, solve_frames, solve_principal
-from .statistics import ChannelMoments, FrameMoments, norm_slope, raise_together, sum_over_processes
+from .statistics import ChannelMoments, FrameMoments, norm_slope, sum_over_processes
 
 __all__ = ["calibrate"]
 
-Reduced: TypeAlias = tuple[int | None, int | None]  # candidates of the reduced half; None: as the gates decide
 GATES: Reduced = (None, None)
 STREAMS = 4  # reduced ones beside a dense one: more would hold more at once than the first pass, which differentiates
 Explained: TypeAlias = tuple[tuple[float | None, ...], tuple[float | None, ...]]
-Collect: TypeAlias = Callable[[DynamicConv, Tensor, Tensor, list[Decision]], Tensor | None]
 
 
 def calibrate(
@@ -111,7 +108,7 @@ def calibrate(
     with (
         measuring(dynamic),
         undone_on_error(part for layer in layers.values() for part in layer.added_modules()),
-        progress_bar(progress, "Calibrating", passes * _count_batches(batches) or None) as run.step,
+        progress_bar(progress, "Calibrating", passes * count_batches(batches) or None) as run.passes.step,
     ):
         explained = run.first_pass() if decisions == "candidates" else {}
         for reduced in rounds * reductions:
@@ -128,7 +125,7 @@ def calibrate(
             CalibratedLayer(name, layer.candidates.channels, layer.candidates.strides, *(nothing | explained)[layer])
             for name, layer in layers.items()
         ),
-        run.samples,
+        run.passes.samples,
         rounds,
         time.perf_counter() - start,
     )
@@ -140,12 +137,11 @@ class _Run:
     def __init__(
         self, model: nn.Module, layers: dict[str, DynamicConv], batches: Any, ridge: float, importance: str
     ) -> None:
-        self.model, self.layers, self.batches, self.ridge = model, layers, batches, ridge
+        self.layers, self.ridge = layers, ridge
         self.readers = {layers[source]: layers[reader] for source, reader in pairs(layers).items()}
-        count = _count_batches(batches)
-        self.metric = AnswerMetric(model, layers.values(), batches=count) if importance == "answers" else None
-        self.samples = 0  # of all processes, after a pass
-        self.step: Step = lambda advance=1, text=None: None  # called after every batch
+        asked = importance == "answers"
+        self.metric = AnswerMetric(model, layers.values(), batches=count_batches(batches)) if asked else None
+        self.passes = Passes(model, layers, batches, self.metric)
         modules, facts = dict(model.named_modules()), trace(model).facts
         norms = {layer: facts[name].norm if name in facts else None for name, layer in layers.items()}
         self.norms = {layer: modules.get(norm or "") for layer, norm in norms.items()}
@@ -207,7 +203,7 @@ class _Run:
         with ExitStack() as stack:
             for reader in sources:
                 stack.callback(reader.register_forward_pre_hook(collect_read).remove)
-            self._pass(collect, [])
+            self.passes.run(collect, [])
         if self.metric is not None:
             self.metric.synchronize()
         self._finish([*channels.items(), *((layer, each) for layer, all_ in frames.items() for each in all_)])
@@ -260,7 +256,7 @@ class _Run:
             dense, reduced = out.chunk(2)
             found[layer].add(dense, reduced, decisions)
 
-        self._pass(collect, [reduced])
+        self.passes.run(collect, [reduced])
         self._finish([(layer, each) for layer, moments in found.items() for each in moments.all()])
         least = ROWS_PER_CHANNEL if reduced == GATES else 0
         explained = {}
@@ -299,7 +295,7 @@ class _Run:
             found[layer].add_dense(x, out)  # type: ignore[union-attr]
             return None
 
-        self._pass(mend, [] if reduced is None else [reduced], differentiating=False)
+        self.passes.run(mend, [] if reduced is None else [reduced], differentiating=False)
         self._finish(list(found.items()))
         for each in found.values():
             each.apply()
@@ -314,61 +310,9 @@ class _Run:
         def mend(layer: DynamicConv, _: Tensor, out: Tensor, decisions: list[Decision]) -> Tensor | None:
             return found[layer].mend(out, [0 if d.blend else d.channel for d in decisions]) if layer in found else None
 
-        self._pass(mend, streams)
+        self.passes.run(mend, streams)
         for each in found.values():
             each.apply()
-
-    def _pass(self, collect: Collect, streams: list[Reduced], differentiating: bool = True) -> None:
-        """Run all batches, dense and, side by side with that, reduced once for each of ``streams``.
-
-        ``collect(layer, x, out, decisions)`` sees every result, the dense stream's samples first and then those of the
-        reduced ones, which took these decisions; what it returns, if anything, takes the result's place.
-        """
-        seen: dict[DynamicConv, list[Decision]] = {}
-        handles, error = [], None
-
-        def listen(layer: DynamicConv, call: Observation) -> None:
-            seen[layer] = call.decisions[len(call.decisions) // (1 + len(streams)) :]
-
-        for layer in self.layers.values():  # observers are called before hooks
-            handles.append(layer.register_forward_hook(lambda m, args, out: collect(m, args[0], out, seen[m])))
-        self.samples = 0
-        try:
-            for batch in each_batch(self.batches):
-                inputs = move_to(batch, device_of(self.model))
-                count = self._count(inputs)
-                with observed(self.model, listen):
-                    self._run(inputs, count, streams, differentiating and self.metric is not None)
-                self.samples += count
-                self.step()
-        except Exception as problem:
-            error = problem
-        finally:
-            for handle in handles:
-                handle.remove()
-        raise_together(error, device_of(self.model))
-        self.samples = int(sum_over_processes(torch.tensor(self.samples, device=device_of(self.model))))
-
-    def _run(self, inputs: Any, count: int, streams: list[Reduced], differentiating: bool) -> None:
-        if not streams:
-            with forced(self.model, channel=0, temporal=0), ExitStack() as stack:
-                if differentiating:
-                    stack.enter_context(self.metric.differentiating())  # type: ignore[union-attr]
-                outputs = call_with(self.model, inputs)
-                if differentiating:
-                    self.metric.move(outputs)  # type: ignore[union-attr]
-            return
-        channel, temporal = (
-            [taken for taken in each for _ in range(count)] for each in zip((0, 0), *streams, strict=True)
-        )
-        with forced(self.model, channel=channel, temporal=temporal):
-            call_with(self.model, _repeated(inputs, 1 + len(streams)))
-
-    def _count(self, inputs: Any) -> int:
-        """Samples of a batch: rows, or clips where it is a batch of frames. Clips that the network folds are rows."""
-        layer, first = next(iter(self.layers.values())), tensors_in(inputs)[0]
-        frames = first.dim() == layer.weight.dim()
-        return first.shape[0] // layer.frames_per_sample if frames else first.shape[0]
 
     def _finish(self, moments: list[tuple[DynamicConv, Any]]) -> None:
         """Sum over processes, and look only then: all find the same, and raise alike."""
@@ -395,13 +339,3 @@ def _mending(reductions: list[Reduced], rounds: int, match: bool, run: _Run) -> 
 
 def _share(left: Tensor, total: Tensor) -> float:
     return float(1 - left / total) if total > 0 else 1.0
-
-
-def _repeated(inputs: Any, times: int) -> Any:
-    """Every tensor of the inputs, so many times along the batch axis."""
-    return tree_map(lambda leaf: torch.cat([leaf] * times) if isinstance(leaf, Tensor) and leaf.dim() else leaf, inputs)
-
-
-def _count_batches(batches: Any) -> int:
-    """How many batches there are; 0 where that is not known."""
-    return 1 if isinstance(batches, Tensor | tuple | Mapping) else operator.length_hint(batches)
