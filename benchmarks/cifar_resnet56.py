@@ -37,6 +37,7 @@ NETWORKS = {"resnet56": resnet56, "vgg16_bn": vgg16_bn}
 CALIBRATION_IMAGES = 1000
 BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # elsewhere it is slower by far than float32
 FEATURES = 100.0  # the weight of L_f, next to a teacher's answers at a temperature of 32
+PAPERS_WEIGHT = 0.8  # of L_e
 # Of a trained network and the original, asked where it is unsure.
 TOTALS = (0.35, 0.4, 0.45, 0.48, 0.49, 0.5, 0.55, 0.6, 0.65, 0.7)
 
@@ -45,7 +46,8 @@ TOTALS = (0.35, 0.4, 0.45, 0.48, 0.49, 0.5, 0.55, 0.6, 0.65, 0.7)
 class Candidate:
     """A network before training: how it runs, what its gates pay, and whether it asks the original where unsure.
 
-    ``features``: the weight of what it misses of the original's features.
+    ``features``: the weight of what it misses of the original's features. ``efficiency``: the weight of L_e; None: what
+    the schedule says, where there is a target.
     """
 
     model: nn.Module
@@ -53,6 +55,11 @@ class Candidate:
     target: float | None = None
     asks: bool = False
     features: float = 0.0
+    efficiency: float | None = None
+
+    @property
+    def learns_costs(self) -> bool:
+        return self.target is not None or self.efficiency is not None
 
 
 # -- rows: how each network comes about ----------------------------------------------------------------
@@ -86,13 +93,18 @@ def dynamic(setting: Setting, target: float, gate: str = "hard", **config: Any) 
     return Candidate(network, target=target, asks=True)
 
 
-def absorbed(setting: Setting, target: float, features: float = 0.0) -> Candidate:
-    """Full, 3/4, half or 1/4 of the channels, absorbed where one convolution alone reads them."""
+def absorbed(setting: Setting, target: float, features: float = 0.0, efficiency: float | None = None) -> Candidate:
+    """Full, 3/4, half or 1/4 of the channels, absorbed where one convolution alone reads them.
+
+    With an ``efficiency`` of its own L_e is Eq. 6, which knows no target: what is right costs what it executes.
+    """
     network = setting.convert(**ABSORBED)
     redconvert.calibrate(network, setting.calibration)
     redconvert.set_budget(network, target, setting.calibration[:3])
     redconvert.calibrate(network, setting.calibration, decisions="gates")
     redconvert.keep_budget(network)
+    if efficiency is not None:
+        return Candidate(network, asks=True, features=features, efficiency=efficiency)
     return Candidate(network, target=target, asks=True, features=features)
 
 
@@ -109,6 +121,7 @@ ROWS: dict[str, Callable[[Setting], Candidate]] = {
     "dynamic absorbed 0.5": partial(absorbed, target=0.5),
     "dynamic absorbed 0.4": partial(absorbed, target=0.4),
     "dynamic absorbed 0.35": partial(absorbed, target=0.35),
+    "dynamic absorbed, from 0.5, Eq. 6": partial(absorbed, target=0.5, efficiency=PAPERS_WEIGHT),
     "dynamic absorbed, features 0.5": partial(absorbed, target=0.5, features=FEATURES),
     "dynamic absorbed, features 0.4": partial(absorbed, target=0.4, features=FEATURES),
     "depgraph 0.5": partial(pruned, share=0.5, method="depgraph"),
@@ -157,7 +170,7 @@ def run(setting: Setting, name: str) -> dict[str, Any]:
         keep(model, setting.arguments.save / f"{name} {setting.seed}".replace(" ", "-"))
     if candidate.asks:
         row["asking_again"] = asking_again(model, *setting.held_out, TOTALS, setting.original)
-    if candidate.target is not None:
+    if candidate.learns_costs:
         row["spread"] = spread(model, setting)
         row["curve"] = {}
         for budget in (0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8):
@@ -182,6 +195,7 @@ def keep(model: nn.Module, folder: Path) -> None:
 def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
     """Labels and teacher; L_e for a dynamic network."""
     arguments = setting.arguments
+    weight = arguments.efficiency if candidate.efficiency is None else candidate.efficiency
     return train(
         candidate.model,
         batches(*setting.train, arguments.batch, count=arguments.images, seed=setting.seed),
@@ -191,7 +205,7 @@ def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
         teacher=copy.deepcopy(setting.original).to(memory_format=torch.channels_last),
         distill=arguments.distill,
         temperature=arguments.temperature,
-        weight=arguments.efficiency if candidate.target is not None else 0.0,
+        weight=weight if candidate.learns_costs else 0.0,
         target=candidate.target,
         bfloat16=BFLOAT16,
         gate_every=arguments.gate_every,

@@ -82,15 +82,16 @@ static void product(const float *const y[ROWS], int64_t k, const float *w, int64
 PRODUCT(f32)
 PRODUCT(bf16)
 
-/* to[c] = act(value(c) + residual[c]) for the channels from begin to end */
+/* to[c] = act(value(c) + residual[c]) for the channels from begin to end. The residual may lie where the result goes: a
+ * compiler that is not told that each c stands alone would then take them one by one. */
 #define FINISH(T, VALUE)                                                                                           \
     if (residual)                                                                                                  \
-        for (int64_t c = begin; c < end; c++) {                                                                    \
+        _Pragma("omp simd") for (int64_t c = begin; c < end; c++) {                                                \
             float value = (VALUE) + LOAD_##T(residual[row * channels + c]);                                        \
             to[c] = STORE_##T(relu && value < 0 ? 0 : value);                                                      \
         }                                                                                                          \
     else                                                                                                           \
-        for (int64_t c = begin; c < end; c++) {                                                                    \
+        _Pragma("omp simd") for (int64_t c = begin; c < end; c++) {                                                \
             float value = (VALUE);                                                                                 \
             to[c] = STORE_##T(relu && value < 0 ? 0 : value);                                                      \
         }

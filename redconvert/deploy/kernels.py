@@ -95,8 +95,9 @@ class Assembly:
     ) -> Tensor:
         """``computed (N, T, H, W, k)`` and ``rebuilt (N, T, H, W, d)`` -> ``(N, T, H, W, C_out)``, all contiguous.
 
-        ``pooled (N, T, C_out)``, zeros in float32, takes the mean of the result over H and W. ``into``: channels of a
-        larger contiguous tensor, where the result may be written; whoever gives it looks whether it was.
+        ``pooled (N, T, C_out)``, zeros in float32, takes the mean of the result over H and W. ``into``: where the
+        result may be written, which is channels of a larger contiguous tensor, or the residual; whoever gives it
+        looks whether it was.
         """
         k, d, channels = computed.shape[-1], 0 if rebuilt is None else rebuilt.shape[-1], self.source.shape[0]
         if self.product is not None:
@@ -181,15 +182,24 @@ class Filling:
         return cls(weight, torch.zeros(stride, like.shape[-1], device=like.device))
 
     def __call__(
-        self, y: Tensor, num_frames: int, residual: Tensor | None, relu: bool, pooled: Tensor | None = None
+        self,
+        y: Tensor,
+        num_frames: int,
+        residual: Tensor | None,
+        relu: bool,
+        pooled: Tensor | None = None,
+        into: Tensor | None = None,
     ) -> Tensor:
-        """``y (N, T', H, W, C)`` -> ``(N, num_frames, H, W, C)``, contiguous both; ``pooled`` as in `Assembly`."""
+        """``y (N, T', H, W, C)`` -> ``(N, num_frames, H, W, C)``, contiguous both.
+
+        ``pooled`` and ``into`` as in `Assembly`, but ``into`` is contiguous.
+        """
         N, held, H, W, C = y.shape
         function = _function("fill", y, C)
         if function is None:
             found = self._on_gpu(y, num_frames, residual, relu)
             return pool_into(pooled, self.in_pytorch(y, num_frames, residual, relu) if found is None else found)
-        out = y.new_empty(N, num_frames, H, W, C)
+        out = y.new_empty(N, num_frames, H, W, C) if into is None else into
         clips = (*addresses(y), N, held, len(self.weight), num_frames)
         weights = addresses(self.weight, self.bias)
         function(*clips, *weights, *addresses(residual), relu, H * W, C, *addresses(out, pooled))

@@ -54,7 +54,7 @@ class Path:
         """
         stride, num_frames = self.read.stride, self.read.num_frames
         if self.filling is not None or not self._fits(residual):
-            return self._filled(x, residual, activation, pools)
+            return self._filled(x, residual, activation, pools, overwrite)
         if residual is not None and isinstance(residual, Frames):
             residual = residual.held if stride > 1 else residual.full()
         gives = pools and (self.packed.gives_means() if self.reduced is None else activation in FUSED)
@@ -69,14 +69,17 @@ class Path:
         held = (self.read.stride, self.read.num_frames)
         return isinstance(residual, Frames) and (residual.stride, residual.num_frames) == held
 
-    def _filled(self, x: Tensor, residual: Value | None, activation: str, pools: bool) -> Value:
+    def _filled(
+        self, x: Tensor, residual: Value | None, activation: str, pools: bool, overwrite: bool = False
+    ) -> Value:
         """All frames, of which the skipped ones are written in the pass that adds the residual."""
         stride, num_frames = self.read.stride, self.read.num_frames
         y = to_rows(self._compute(x, None, "none"))
         filling, fuses = self.filling or Filling.copies(stride, y), activation in FUSED
         means = self._room_for_means(x, num_frames) if pools and fuses else None
         rows = None if residual is None else to_rows(full(residual))
-        out = from_rows(filling(y, num_frames, rows, activation == "relu", means))
+        place = rows if overwrite and not x.is_cuda else None
+        out = from_rows(filling(y, num_frames, rows, activation == "relu", means, place))
         out = out if fuses else ACTIVATIONS[activation](out)
         return out if means is None else Frames(out, 1, num_frames, means)
 
@@ -106,5 +109,7 @@ class Path:
         added = None if residual is None else to_rows(residual)
         rows, relu = to_rows(y), activation == "relu"
         place = None if into is None else into.room.part(rows, into.first, self.channels)
+        if overwrite and place is None and not x.is_cuda:  # a kernel on a GPU may be tried more than once
+            place = added
         out = from_rows(reduced.assembly(rows, rebuilt, added, relu, means, place))
         return out if activation in FUSED else ACTIVATIONS[activation](out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -11,6 +12,8 @@ from deploy_networks import Image, Undecided, Video, dynamic_from, undecided_gat
 from torch import Tensor, nn
 
 import redconvert
+from redconvert.deploy import kernels
+from redconvert.deploy.bench import _peak
 from redconvert.deploy.pack import PackedConv
 
 TIGHT = 2e-5
@@ -294,3 +297,39 @@ def test_refusals(clips):
         fast.double()
     with pytest.raises(redconvert.RedconvertError, match="empty batch"):
         fast(clips[:0])
+
+
+class Bottlenecks(nn.Module):
+    """64 channels to 16 and back, added to what came in, three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu = nn.Conv3d(3, 64, 1), nn.ReLU()
+        self.down = nn.ModuleList(nn.Conv3d(64, 16, 1) for _ in range(3))
+        self.up = nn.ModuleList(nn.Conv3d(16, 64, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for down, up in zip(self.down, self.up, strict=True):
+            x = self.relu(up(self.relu(down(x))) + x)
+        return x.mean((2, 3, 4))
+
+
+@pytest.mark.parametrize("decision", [(1, 0), (0, 1), (1, 1)], ids=["channels", "frames", "both"])
+def test_sums_take_the_place_of_what_was_added(decision):
+    """In memory, by hand: the residual, 64 channels, what the last layer reads, 16, and what it computes."""
+    if kernels.compiled() is None:
+        pytest.skip("no C compiler: PyTorch's passes write anew")
+    x = torch.randn(2, 3, 4, 16, 16)
+    config = redconvert.ConvertConfig(cheap="pointwise", min_saving=0, rules={"stem": None, "down.*": None})
+    dynamic = redconvert.convert(Bottlenecks().eval(), config, example_inputs=x)
+    redconvert.calibrate(dynamic, [x])  # skipped frames are blended, and so written
+    fast = redconvert.deploy(dynamic, x)
+    channel, temporal = decision
+    with redconvert.forced(dynamic, channel=channel, temporal=temporal), torch.no_grad():
+        assert error(fast(x), dynamic(x)) < TIGHT
+        computed = (32 if channel else 64) / (2 if temporal else 1)
+        rebuilt = 64 / 2 if channel and temporal else 0  # of the frames that are computed, before the others are filled
+        each = 4 * x[0, 0].numel()  # bytes of a channel; clips run one by one
+        held = _peak(lambda: fast(x), nullcontext) / each * 1e6
+    assert held == pytest.approx(64 + 16 + computed + rebuilt, abs=3)  # means of gates are small

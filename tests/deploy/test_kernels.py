@@ -21,6 +21,15 @@ def needs_a_compiler():
         pytest.skip("no C compiler: PyTorch alone serves, tested in test_deploy.py")
 
 
+def in_place(call, residual: torch.Tensor | None, wanted: torch.Tensor) -> bool:
+    """Whether ``call(residual, into)`` gives the same to the bit where the result takes the residual's place."""
+    if residual is None:
+        return True
+    place = residual.clone()
+    found = call(place, place)
+    return found.data_ptr() == place.data_ptr() and torch.equal(found, wanted)
+
+
 def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
     tolerance = 1e-5 if found.dtype == torch.float32 else 0.05
     return found.shape == wanted.shape and torch.allclose(found, wanted, rtol=tolerance, atol=tolerance)
@@ -52,6 +61,9 @@ def test_assembly(dtype, kept, rebuilt, frames, width, relu, with_residual, rand
     found = assembly(y, z, residual, relu, ours)
     wanted = assembly.in_pytorch(y, z, residual, relu)
     assert found.dtype == dtype and close(found, wanted)
+    again = torch.zeros_like(ours)
+    assert in_place(lambda added, into: assembly(y, z, added, relu, again, into), residual, found)
+    assert residual is None or torch.allclose(again, ours, rtol=1e-6, atol=1e-6)  # threads add in any order
     theirs += wanted.flatten(2, 3).float().mean(2)
     assert torch.allclose(ours, theirs, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
 
@@ -73,6 +85,7 @@ def test_assembly_with_a_product(dtype, kept, dropped, width, relu, with_residua
     x = torch.cat([y, rebuilt], dim=-1)[..., order].float() * assembly.scale + assembly.shift
     x = x if residual is None else x + residual.float()
     assert close(found, (x.relu() if relu else x).to(dtype))
+    assert in_place(lambda added, into: assembly(y, None, added, relu, None, into), residual, found)
     assert close(assembly.in_pytorch(y, None, residual, relu), found)
     assert torch.allclose(ours, found.float().mean((2, 3)), atol=0.05 if dtype == torch.bfloat16 else 1e-5)
 
@@ -90,6 +103,7 @@ def test_filling(dtype, stride, held, channels, relu, with_residual):
         found = filling(y, num_frames, residual, relu, pooled)
         assert close(found, filling.in_pytorch(y, num_frames, residual, relu))
         assert torch.allclose(pooled, found.float().mean((2, 3)), atol=1e-2)
+        assert in_place(lambda added, into, n=num_frames: filling(y, n, added, relu, None, into), residual, found)
 
 
 def test_copies_are_copies():
