@@ -73,7 +73,8 @@ def calibrate(
             candidate, one after the other. "gates": what the gates decide, after `redconvert.set_budget` or
             training; channel orders then stay as they are, and so do candidates that hardly a sample takes.
         importance: what errors of the channels cost when they are chosen. "answers": what they do to the outputs,
-            from one backward pass per batch, for which the activations of a batch must fit into memory. "norms":
+            from one backward pass per batch, a few of each where there are few samples, for which the activations of
+            a batch must fit into memory. "norms":
             ``(norm weight)^2 / variance`` of the norm that follows, without gradients.
         ridge: of the regressions, relative to the mean variance of the predictors; of those on patches the least that
             is tried.
