@@ -106,7 +106,7 @@ def test_outputs_that_are_no_scores():
 
 @pytest.mark.parametrize("kind", ["2d", "3d", "folded", "twice"])
 def test_twice_the_divergence_of_the_answers(kind, exact):
-    """Behind ReLUs, where a reduction is small: filters that the kept ones explain but for 1 %."""
+    """Behind ReLUs, where a reduction is small: filters that the kept ones explain but for 0.3 %."""
     dynamic = network(kind, dtype=F64)
     x = torch.cat(batches(kind, dtype=F64))
     with torch.no_grad():
@@ -117,7 +117,9 @@ def test_twice_the_divergence_of_the_answers(kind, exact):
                 coefficients = torch.zeros(len(op.bias), op.source.max() + 1, dtype=F64)
                 coefficients.scatter_(1, op.source[:, None], op.weight[:, None])
                 kept = kept[: coefficients.shape[1]]
-            layer.weight[dropped] = 1.01 * (coefficients @ layer.weight[kept].flatten(1)).view_as(layer.weight[dropped])
+            layer.weight[dropped] = 1.003 * (coefficients @ layer.weight[kept].flatten(1)).view_as(
+                layer.weight[dropped]
+            )
             layer.bias[dropped] = coefficients @ layer.bias[kept] + op.bias
     found, full = harms(dynamic, [x], projections=CLASSES), dynamic(x).detach().log_softmax(1)
     for name, layer in dynamic_layers(dynamic).items():
