@@ -164,20 +164,21 @@ def divergence(dynamic: nn.Module, x: Tensor) -> float:
 
 def test_answers_keep_what_the_answer_needs():
     """Six channels of large variance that the head ignores: by their norms they matter, by the answer they do not."""
-    model, data = Net(), batches(4)
+    model, found = Net(), {"norms": 0.0, "answers": 0.0}
     with torch.no_grad():
         model.second.weight[::2] *= 3
         model.head.weight[:, ::2] = 0
         model.head.weight *= 4
-    found = {}
-    for importance in ("norms", "answers"):
-        dynamic = converted(model)
-        before = dynamic(data[0])
-        redconvert.calibrate(dynamic, data, match=False, importance=importance)
-        assert torch.equal(dynamic(data[0]), before)
-        found[importance] = divergence(dynamic, torch.cat(data))
-        kept = dynamic.second.cheap_c.order[:6].remainder(2).sum()
-        assert (kept == 6) == (importance == "answers")
+    for draw in range(4):  # of one draw alone chance may choose as well
+        data = batches(16)[4 * draw : 4 * draw + 4]
+        for importance in found:
+            dynamic = converted(model)
+            before = dynamic(data[0])
+            redconvert.calibrate(dynamic, data, match=False, importance=importance)
+            assert torch.equal(dynamic(data[0]), before)
+            found[importance] += divergence(dynamic, torch.cat(data))
+            kept = dynamic.second.cheap_c.order[:6].remainder(2).sum()
+            assert (kept == 6) == (importance == "answers")
     assert found["answers"] < 0.7 * found["norms"]
 
 
