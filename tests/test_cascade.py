@@ -168,6 +168,7 @@ def test_reports_count_another_network():
 def test_deployed(dims):
     model, dynamic, x = network(dims)
     found = cascade(dynamic, [x], 0.85)
+    found.threshold.sub_(1e-4)  # one lies on it: deployed, it might fall to either side
     fast = found.deployed(x)
     assert isinstance(fast.little, redconvert.Deployed) and fast.cost == found.cost
     assert torch.allclose(fast(x), found(x), atol=1e-4)
