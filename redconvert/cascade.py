@@ -183,8 +183,7 @@ def cascade(
             f"budget={budget:g} is below what the first pass alone costs, {little:.4f} of the dense MACs: set a lower "
             f"budget of the network first (redconvert.set_budget)"
         )
-    share = (budget - little) / dense
-    threshold = threshold_of(sure, share)
+    threshold = _threshold(sure, (budget - little) / dense)
     again = float((sure < threshold).double().mean())
     cost = CascadeCost(little + again * dense, little, dense, again, len(sure))
     return Cascade(dynamic, big, threshold, confidence, cost, blend)
@@ -219,11 +218,9 @@ def _layers(little: nn.Module, big: nn.Module | None) -> dict[str, DynamicConv]:
     return {} if plain else dynamic_layers(little)
 
 
-def threshold_of(sure: Tensor, share: float) -> float:
-    """The largest threshold below which no more than this share of the confidences ``sure (N)`` lies."""
-    ordered = torch.cat(
-        [sure.double().sort().values, torch.tensor([2.0], dtype=torch.float64)]
-    )  # nobody is surer than 1
+def _threshold(sure: Tensor, share: float) -> float:
+    """The largest threshold below which no more than this share of the confidences ``sure (N)``, float64, lies."""
+    ordered = torch.cat([sure.sort().values, sure.new_tensor([2.0])])  # nobody is surer than 1
     return float(ordered[int(min(share, 1.0) * len(sure) + 1e-9)])
 
 

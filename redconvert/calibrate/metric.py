@@ -73,7 +73,9 @@ class AnswerMetric:
     def move(self, outputs: Any) -> None:
         """Send random moves of each sample's answer back through the network."""
         found = differentiable(outputs)
-        samples = self.batches * processes() * len(found[0]) if found else 0
+        if not found:
+            return
+        samples = self.batches * processes() * len(found[0])
         moves = min(max(round(MOVES / samples), 1), MOST_OF_EACH) if samples else 1
         try:
             for index in range(moves):

@@ -78,7 +78,7 @@ class Path:
         filling, fuses = self.filling or Filling.copies(stride, y), activation in FUSED
         means = self._room_for_means(x, num_frames) if pools and fuses else None
         rows = None if residual is None else to_rows(full(residual))
-        place = rows if overwrite and not x.is_cuda else None
+        place = _room_of(rows, overwrite)
         out = from_rows(filling(y, num_frames, rows, activation == "relu", means, place))
         out = out if fuses else ACTIVATIONS[activation](out)
         return out if means is None else Frames(out, 1, num_frames, means)
@@ -108,8 +108,11 @@ class Path:
             rebuilt = to_rows(reduced.cheap(source))
         added = None if residual is None else to_rows(residual)
         rows, relu = to_rows(y), activation == "relu"
-        place = None if into is None else into.room.part(rows, into.first, self.channels)
-        if overwrite and place is None and not x.is_cuda:  # a kernel on a GPU may be tried more than once
-            place = added
+        place = _room_of(added, overwrite) if into is None else into.room.part(rows, into.first, self.channels)
         out = from_rows(reduced.assembly(rows, rebuilt, added, relu, means, place))
         return out if activation in FUSED else ACTIVATIONS[activation](out)
+
+
+def _room_of(residual: Tensor | None, overwrite: bool) -> Tensor | None:
+    """Where a sum may be written: over its residual, but not on a GPU, where a kernel may be tried more than once."""
+    return residual if overwrite and residual is not None and not residual.is_cuda else None
