@@ -12,49 +12,77 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+import statistics
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import torch
 from cifar import accuracy, convert, images, resnet56
-from common import RESULTS, environment, write
+from common import RESULTS, environment, seconds, write
+from torch import Tensor, nn
 
 import redconvert
 from redconvert import answers
 from redconvert.calibrate import metric
 
-DRAWS = range(1, 6)  # of calibration images: the first hundred of each thousand
-MOVES = {"one move each": 0, "several moves": metric.MOVES}  # of the answers, at least
-# name: (cheap operation, calibration images, rounds, matched variance); rounds None: not calibrated. Greedy rows choose
-# channels by the norms behind.
+
+@dataclass(frozen=True)
+class Row:
+    """How a network is calibrated.
+
+    Attributes:
+        cheap: operation.
+        images: for calibration.
+        rounds: None: not calibrated.
+        matched: whether mean and variance are.
+        importance: what channels are chosen by: the norms behind, or the answer.
+        temperature: at which answers count.
+        moves: of all answers together, at least.
+        draw: of calibration images, a thousand apart.
+    """
+
+    cheap: str
+    images: int = 1000
+    rounds: int | None = 0
+    matched: bool = True
+    importance: Literal["norms", "answers"] = "answers"
+    temperature: float = answers.TEMPERATURE
+    moves: int = metric.MOVES
+    draw: int = 0
+
+
+by_norms = partial(Row, importance="norms")
 ROWS = {
-    "first half, depthwise (not calibrated)": ("depthwise", 0, None, False),
-    "first half, pointwise (not calibrated)": ("pointwise", 0, None, False),
-    "greedy, scale, one pass": ("scale", 1000, 0, False),
-    "greedy, pointwise, one pass": ("pointwise", 1000, 0, False),
-    "greedy, pointwise, 1 round": ("pointwise", 1000, 1, False),
-    "greedy, pointwise, 3 rounds": ("pointwise", 1000, 3, False),
-    "greedy, pointwise, 3 rounds, 100 images": ("pointwise", 100, 3, False),
-    "greedy, auto, 3 rounds": ("auto", 1000, 3, False),
-    "greedy, pointwise, one pass, matched variance": ("pointwise", 1000, 0, True),
-    "greedy, pointwise, 3 rounds, matched variance": ("pointwise", 1000, 3, True),
-    "greedy, pointwise, 3 rounds, matched variance, 100 images": ("pointwise", 100, 3, True),
-    "greedy, auto, 3 rounds, matched variance": ("auto", 1000, 3, True),
-    "for the answer, pointwise, one pass, matched variance": ("pointwise", 1000, 0, True),
-    "for the answer, pointwise, one pass, matched variance, 100 images": ("pointwise", 100, 0, True),
-    "for the answer, principal, one pass": ("principal", 1000, 0, False),
-    "for the answer, principal, one pass, matched variance": ("principal", 1000, 0, True),
-    "for the answer, principal, one pass, matched variance, 100 images": ("principal", 100, 0, True),
-    "for the answer, principal, 1 round, matched variance": ("principal", 1000, 1, True),
-    **dict.fromkeys(
-        [f"for the answer, principal, 100 images of draw {draw}, {moves}" for draw in DRAWS for moves in MOVES],
-        ("principal", 100, 0, True),
-    ),
-    **dict.fromkeys(
-        [f"for the answer, principal, one pass, matched variance, temperature {t}" for t in (1, 2, 8, 1000)],
-        ("principal", 1000, 0, True),
-    ),
+    "first half, depthwise (not calibrated)": Row("depthwise", rounds=None),
+    "first half, pointwise (not calibrated)": Row("pointwise", rounds=None),
+    "greedy, scale, one pass": by_norms("scale", matched=False),
+    "greedy, pointwise, one pass": by_norms("pointwise", matched=False),
+    "greedy, pointwise, 1 round": by_norms("pointwise", rounds=1, matched=False),
+    "greedy, pointwise, 3 rounds": by_norms("pointwise", rounds=3, matched=False),
+    "greedy, pointwise, 3 rounds, 100 images": by_norms("pointwise", 100, 3, matched=False),
+    "greedy, auto, 3 rounds": by_norms("auto", rounds=3, matched=False),
+    "greedy, pointwise, one pass, matched variance": by_norms("pointwise"),
+    "greedy, pointwise, 3 rounds, matched variance": by_norms("pointwise", rounds=3),
+    "greedy, pointwise, 3 rounds, matched variance, 100 images": by_norms("pointwise", 100, 3),
+    "greedy, auto, 3 rounds, matched variance": by_norms("auto", rounds=3),
+    "for the answer, pointwise, one pass, matched variance": Row("pointwise"),
+    "for the answer, pointwise, one pass, matched variance, 100 images": Row("pointwise", 100),
+    "for the answer, principal, one pass": Row("principal", matched=False),
+    "for the answer, principal, one pass, matched variance": Row("principal"),
+    "for the answer, principal, one pass, matched variance, 100 images": Row("principal", 100),
+    "for the answer, principal, 1 round, matched variance": Row("principal", rounds=1),
+    **{
+        f"for the answer, principal, 100 images of draw {draw}, {name}": Row("principal", 100, moves=moves, draw=draw)
+        for draw in range(1, 6)
+        for name, moves in (("one move each", 0), ("several moves", metric.MOVES))
+    },
+    **{
+        f"for the answer, principal, one pass, matched variance, temperature {t}": Row("principal", temperature=t)
+        for t in (1, 2, 8, 1000)
+    },
 }
 
 
@@ -81,41 +109,33 @@ def main() -> None:
             "rows": {},
         }
     result |= environment(arguments.seed)
-    for name, (cheap, count, rounds, match) in ROWS.items():
+    for name, row in ROWS.items():
         if name in result["rows"]:
             continue
-        dynamic = convert(model, cheap=cheap)
-        row: dict[str, float] = {}
-        if rounds is not None:
-            first = 1000 * int(name.partition("draw ")[2][:1] or 0)
-            batches = list(train[chosen[first : first + count]].split(100))
-            importance = "answers" if name.startswith("for the answer") else "norms"
-            named = name.partition("temperature ")[2]
-            moves = MOVES.get(name.rpartition(", ")[2], metric.MOVES)
-            with (
-                patch.object(answers, "TEMPERATURE", float(named or answers.TEMPERATURE)),
-                patch.object(metric, "MOVES", moves),
-            ):
-                found = redconvert.calibrate(dynamic, batches, rounds=rounds, match=match, importance=importance)
-            row["calibration_s"] = round(found.seconds, 1)
+        dynamic, found = convert(model, cheap=row.cheap), {}
+        if row.rounds is not None:
+            first = 1000 * row.draw
+            calibration = _calibrate(dynamic, row, list(train[chosen[first : first + row.images]].split(100)))
+            found["calibration_s"] = round(calibration.seconds, 1)
         with redconvert.forced(dynamic, channel=1):
-            row["accuracy"] = accuracy(dynamic, test, labels)
+            found["accuracy"] = accuracy(dynamic, test, labels)
             macs = redconvert.report(dynamic, test[:1], time=False)
-        row["share_of_dense_macs"] = round(macs.executed_macs / macs.dense_macs, 4)
-        result["rows"][name] = row
+        found["share_of_dense_macs"] = round(macs.executed_macs / macs.dense_macs, 4)
+        result["rows"][name] = found
         write(result, arguments.out)
-        print(f"{name:<58} {row['accuracy']:.2%} at {row['share_of_dense_macs']:.1%} of the MACs", flush=True)
+        print(f"{name:<58} {found['accuracy']:.2%} at {found['share_of_dense_macs']:.1%} of the MACs", flush=True)
 
 
-def _dense_pass(model: torch.nn.Module, pixels: torch.Tensor) -> float:
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        with torch.no_grad():
-            for x in pixels.split(100):
-                model(x)
-        seconds.append(time.perf_counter() - start)
-    return round(sorted(seconds)[1], 2)
+def _calibrate(dynamic: nn.Module, row: Row, batches: list[Tensor]) -> redconvert.Calibration:
+    settings = {"rounds": row.rounds, "match": row.matched, "importance": row.importance}
+    with patch.object(answers, "TEMPERATURE", row.temperature), patch.object(metric, "MOVES", row.moves):
+        return redconvert.calibrate(dynamic, batches, **settings)
+
+
+@torch.no_grad()
+def _dense_pass(model: nn.Module, pixels: Tensor) -> float:
+    spent = [seconds(lambda: [model(x) for x in pixels.split(100)]) for _ in range(3)]
+    return round(statistics.median(spent), 2)
 
 
 if __name__ == "__main__":

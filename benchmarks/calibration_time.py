@@ -1,8 +1,8 @@
-"""What calibration costs beyond running the network: ResNet-56 on 1,000 images, I3D on 64 clips.
+"""What calibration costs beyond running the network: ResNet-56 on 1,000 images, I3D on 63 clips.
 
     python benchmarks/calibration_time.py --cifar FOLDER    # see benchmarks/cifar.py for what the folder holds
 
-A calibration is a few passes over the batches, forward, backward once, and reduced beside dense, and what is
+A calibration is a few passes over the batches, forward and backward, and reduced beside dense, and what is
 collected and solved for meanwhile. Time in the network's own layers is told apart from the rest, which is also given
 in passes of the dense network over the same batches. Clips: ``$REDCONVERT_DATA``, or ``../shared/data``.
 """
@@ -15,14 +15,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from cifar import convert, images, resnet56
-from common import RESULTS, environment, write
+from common import RESULTS, environment, seconds, write
 from i3d_agreement import AGREEING, answer, center_clips
+from i3d_agreement import convert as convert_i3d
 from torch import Tensor, nn
 
 import redconvert
@@ -69,7 +71,7 @@ def watching() -> Iterator[tuple[Stopwatch, Stopwatch]]:
 
 
 def measure(base: nn.Module, dynamic: nn.Module, batches: list[Tensor], rounds: int) -> dict[str, float]:
-    dense = statistics.median(_seconds(lambda: [answer(base, batch) for batch in batches]) for _ in range(3))
+    dense = statistics.median(seconds(lambda: [answer(base, batch) for batch in batches]) for _ in range(3))
     with watching() as (passes, collecting):
         whole = redconvert.calibrate(dynamic, batches, rounds=rounds).seconds
     beyond = whole - passes.seconds + collecting.seconds
@@ -83,12 +85,6 @@ def measure(base: nn.Module, dynamic: nn.Module, batches: list[Tensor], rounds: 
         "beyond_s": round(beyond, 2),
         "beyond_in_dense_passes": round(beyond / dense, 2),
     }
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def resnet_rows(folder: Path, seed: int) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
@@ -112,8 +108,7 @@ def i3d_rows() -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
         "principal, all layers": AGREEING["principal, all layers"] | half,
         "principal, all layers, six candidates": AGREEING["principal, all layers"],
     }.items():
-        config = redconvert.ConvertConfig(**{"cheap": "pointwise", "temporal": False, **options})
-        make = lambda config=config: redconvert.convert(base, config, example_inputs=batches[0][:1])  # noqa: E731
+        make = partial(convert_i3d, base, batches[0][:1], **options)
         yield f"I3D, {name}", lambda make=make: measure(base, make(), batches, 0)
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from training import is_dynamic
 
 import redconvert
-from redconvert.cascade import margin, threshold_of
+from redconvert.cascade import margin
 from redconvert.cost import dense_macs
 from redconvert.evaluate import spread_of_macs
 
@@ -154,7 +154,7 @@ def asking_again(
     """The first pass alone, and `redconvert.cascade` at each total budget that it leaves room for.
 
     Args:
-        little: a dynamic network, or a pruned one: `redconvert.cascade` is for dynamic ones, which this asks alike.
+        little: a dynamic network, or a pruned one.
         held_out: batches without labels that choose the thresholds; not the test images.
         totals: shares of the dense multiply-adds; so are the costs, which are those of the test images.
         big: what is asked again; None: the network itself, dense.
@@ -170,7 +170,7 @@ def asking_again(
     for total in totals:
         if total <= alone:
             continue
-        threshold = _threshold(little, held_out, total, big, alone)
+        threshold = float(redconvert.cascade(little, held_out, total, big=big).threshold)
         again = sure < threshold
         asked = float(again.double().mean())
         # What the cascade gives, with fewer passes: the second answer alone, and blended with the first.
@@ -195,13 +195,6 @@ def _share_of_macs(little: nn.Module, pixels: Tensor, big: nn.Module | None) -> 
     if big is None:
         raise ValueError("a network without dynamic layers has no dense form of its own to ask: pass big")
     return dense_macs(little, pixels[:1]).total / dense_macs(big, pixels[:1]).total
-
-
-def _threshold(little: nn.Module, held_out: list[Tensor], total: float, big: nn.Module | None, alone: float) -> float:
-    """Of the margin, such that of ``held_out`` as many lie below as ``total`` pays for."""
-    if is_dynamic(little):
-        return float(redconvert.cascade(little, held_out, total, big=big).threshold)
-    return threshold_of(torch.cat([margin(_answers(little, batch)) for batch in held_out]), total - alone)
 
 
 @torch.no_grad()

@@ -16,24 +16,21 @@ import argparse
 import copy
 import json
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import accuracy, asking_again, augment, images, resnet56
+from cifar import accuracy, asking_again, images, resnet56
 from cifar_resnet56 import FEATURES, TOTALS, Setting, absorbed, dynamic, measure, over_seeds, spread, summary
 from cifar_resnet56 import ROWS as STARTS
 from common import RESULTS, environment, write
+from side_by_side import Batches, Runner, side_by_side, timed, trial
 from torch import Tensor, nn
-from training import backward, groups_of, is_dynamic
+from training import is_dynamic
 
 import redconvert
-from redconvert.cost.measure import static_macs
-from redconvert.finetune import FeatureLoss
-from redconvert.finetune.parameters import build_optimizer, learning_rate_factor
+from redconvert.finetune.parameters import learning_rate_factor
 
-CLIP = 5.0  # of the gradient's norm
 MIXTURES = {"cheap": "principal", "shares": (0.75, 0.5, 0.25)}
 
 # How each network comes about, and the rows that train it; ``lr``: times that of the others.
@@ -96,100 +93,6 @@ def load(arguments: argparse.Namespace, row: str) -> nn.Module:
 # -- train ---------------------------------------------------------------------------------------------
 
 
-class Batches:
-    """Augmented batches of one seed on the device, and what the teacher says of them, in the same memory each time."""
-
-    def __init__(self, pixels: Tensor, labels: Tensor, teacher: nn.Module, arguments: argparse.Namespace, seed: int):
-        self.pixels, self.labels, self.teacher, self.size = pixels, labels, teacher, arguments.batch
-        self.generator = torch.Generator(pixels.device).manual_seed(seed)
-        self.x = pixels[: self.size].clone(memory_format=torch.channels_last)
-        self.y, self.taught = labels[: self.size].clone(), teacher(self.x)
-        self.order = torch.empty(0)
-
-    def next(self, step: int) -> None:
-        """Another shuffle at the beginning of an epoch, then batch after batch; the last incomplete one is dropped."""
-        count = len(self.pixels) // self.size
-        if step % count == 0:
-            self.order = torch.randperm(len(self.pixels), generator=self.generator, device=self.pixels.device)
-        chosen = self.order[step % count * self.size :][: self.size]
-        self.x.copy_(augment(self.pixels[chosen], generator=self.generator))
-        self.y.copy_(self.labels[chosen])
-        self.taught.copy_(self.teacher(self.x))
-
-
-class Runner:
-    """One row and seed: a network, its optimizer, and its forward and backward pass as a CUDA graph."""
-
-    def __init__(self, name: str, seed: int, model: nn.Module, given: Batches, arguments: argparse.Namespace) -> None:
-        row = ROWS[name]
-        self.name, self.seed, self.given, self.arguments = name, seed, given, arguments
-        self.distill, self.learns = row.get("distill", arguments.distill), row.get("learns", False)
-        device = given.x.device
-        self.model = model.to(device, memory_format=torch.channels_last).train()
-        self.dynamic = is_dynamic(model)
-        self.efficiency = None
-        if self.learns:
-            static = static_macs(self.model, given.x[:1])
-            self.efficiency = redconvert.EfficiencyLoss(self.model, target=row["target"], static_macs=static)
-        self.weight = row.get("features", 0.0)
-        if self.weight:  # a teacher of its own, whose features lie where this row's graph left them
-            self.teacher = copy.deepcopy(given.teacher)
-            self.missed = FeatureLoss(self.model, self.teacher)
-        lr = arguments.lr * row.get("lr", 1.0)
-        self.optimizer = build_optimizer("sgd", groups_of(self.model, lr, arguments.gate_lr))
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
-        self.losses = torch.zeros(2, device=device)  # the task's, and the costs' mean
-        self.graph: redconvert.CapturedPasses | None = None
-        if self.stream is not None:
-            options = {"stream": self.stream, "rests": not self.learns}
-            self.graph = redconvert.CapturedPasses(self._passes, self.model, self.optimizer, **options)
-
-    def step(self, rate: float) -> None:
-        """Replay the passes, clip, update; nothing waits for the device."""
-        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
-            if self.stream is not None:
-                self.stream.wait_stream(torch.cuda.default_stream())
-            if self.graph is not None:
-                self.graph()
-            else:
-                self.optimizer.zero_grad(set_to_none=True)
-                rests = self.dynamic and not self.learns
-                with redconvert.resting_gates(self.model) if rests else nullcontext():
-                    self._passes()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP, foreach=True)
-            for group, initial in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = initial * rate
-            self.optimizer.step()
-
-    def _passes(self) -> None:
-        """``(1 - d) CE + d t^2 KL + weight * L_e + v * L_f``, forward and backward; gradients end in ``.grad``."""
-        scores, given, arguments, extra = self.model(self.given.x), self.given, self.arguments, None
-        if self.weight:
-            with torch.no_grad():
-                self.teacher(given.x)
-            extra = self.weight * self.missed()
-        backward(
-            scores,
-            given.y,
-            given.taught,
-            self.distill,
-            arguments.temperature,
-            self.efficiency,
-            arguments.efficiency,
-            self.losses,
-            extra,
-        )
-
-    @torch.no_grad()
-    def accuracy(self, pixels: Tensor, labels: Tensor) -> float:
-        """Of right answers in inference, decisions followed."""
-        torch.backends.cudnn.allow_tf32 = False
-        self.model.eval()
-        answers = torch.cat([self.model(x).argmax(1) for x in pixels.split(1000)])
-        return round(float((answers == labels).double().mean()), 5)
-
-
 def train(arguments: argparse.Namespace) -> None:
     """All rows, epoch by epoch; a row that cannot be captured is left out, with its reason."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -210,7 +113,7 @@ def train(arguments: argparse.Namespace) -> None:
                 try:
                     start = name.split(",")[0]
                     loaded[start] = loaded.get(start) or load(arguments, name)
-                    runners.append(Runner(name, seed, copy.deepcopy(loaded[start]), given[seed], arguments))
+                    runners.append(Runner(name, seed, ROWS[name], copy.deepcopy(loaded[start]), given[seed], arguments))
                 except Exception as error:
                     out["rows"].setdefault(name, {})[str(seed)] = {"failed": f"{type(error).__name__}: {error}"[:2000]}
                     print(f"{name} {seed}: {error}", flush=True)
@@ -246,55 +149,6 @@ def train(arguments: argparse.Namespace) -> None:
     keep(runners, loaded, arguments.out)
     out["seconds"] = round(time.perf_counter() - begin, 1)
     write(out, arguments.out / "train.json")
-
-
-def side_by_side(runners: list[Runner], given: list[Batches], step: int, rate: float) -> None:
-    """One step of every row."""
-    with torch.no_grad():
-        for each in given:
-            each.next(step)
-    for runner in runners:
-        runner.step(rate)
-    for runner in runners:  # the batches' memory is written again only when all have read it
-        if runner.stream is not None:
-            torch.cuda.default_stream().wait_stream(runner.stream)
-
-
-def trial(runners: list[Runner], given: list[Batches], steps: int = 20) -> float:
-    """Seconds of a step of all rows, at a rate of 0; the norms' statistics are put back, momenta begin again."""
-    before = [copy.deepcopy(runner.model.state_dict()) for runner in runners]
-    for step in range(2 * steps):
-        if step == steps:
-            synchronize()
-            begin = time.perf_counter()
-        side_by_side(runners, given, step, 0.0)
-    synchronize()
-    seconds = (time.perf_counter() - begin) / steps
-    for runner, state in zip(runners, before, strict=True):
-        runner.model.load_state_dict(state)
-        runner.optimizer.state.clear()
-    synchronize()
-    return seconds
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(runner: Runner, repeats: int = 10) -> float:
-    """Milliseconds of a forward and backward pass alone; the norms' statistics are put back."""
-    before = copy.deepcopy(runner.model.state_dict())
-    synchronize()
-    begin = time.perf_counter()
-    with torch.cuda.stream(runner.stream):
-        for _ in range(repeats):
-            runner.graph()  # type: ignore[misc]
-    synchronize()
-    seconds = (time.perf_counter() - begin) / repeats
-    runner.model.load_state_dict(before)
-    synchronize()
-    return round(1000 * seconds, 3)
 
 
 def keep(runners: list[Runner], loaded: dict[str, nn.Module], folder: Path) -> None:

@@ -103,9 +103,8 @@ def absorbed(setting: Setting, target: float, features: float = 0.0, efficiency:
     redconvert.set_budget(network, target, setting.calibration[:3])
     redconvert.calibrate(network, setting.calibration, decisions="gates")
     redconvert.keep_budget(network)
-    if efficiency is not None:
-        return Candidate(network, asks=True, features=features, efficiency=efficiency)
-    return Candidate(network, target=target, asks=True, features=features)
+    paid = target if efficiency is None else None
+    return Candidate(network, target=paid, asks=True, features=features, efficiency=efficiency)
 
 
 ROWS: dict[str, Callable[[Setting], Candidate]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ def environment(seed: int, device: str | torch.device = "cpu") -> dict[str, Any]
         "seed": seed,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """How long a call takes."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def write(result: dict[str, Any], path: Path) -> None:

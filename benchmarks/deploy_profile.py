@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import RESULTS, environment, write
+from common import RESULTS, environment, seconds, write
 from latency import NETWORKS
 from rich.console import Console
 from rich.table import Table
@@ -86,25 +86,19 @@ def profile(name: str, absorb: bool) -> dict[str, dict[str, float]]:
         with mode():
             for _ in range(3):
                 fast(inputs)
-            whole = [_seconds(lambda: fast(inputs)) for _ in range(REPEATS)]
+            whole = [seconds(lambda: fast(inputs)) for _ in range(REPEATS)]
             watch = Stopwatch()
             watch.cheap = {id(reduced.cheap) for each in fast.units.values() for reduced in _reduced(each)}
             with watch.on():
                 for _ in range(REPEATS):
                     fast(inputs)
-        parts = {part: round(1000 * seconds / REPEATS, 2) for part, seconds in watch.seconds.most_common()}
+        parts = {part: round(1000 * spent / REPEATS, 2) for part, spent in watch.seconds.most_common()}
         found[label] = {"GMACs": round(macs / 1e9, 2), "whole": round(1000 * statistics.median(whole), 2), **parts}
     return found
 
 
 def _reduced(each: Any) -> list[Any]:
     return list(each._reduced.values()) if isinstance(each, unit.Unit) else []
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def show(name: str, found: dict[str, dict[str, float]]) -> None:

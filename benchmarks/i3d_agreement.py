@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment, write
+from common import RESULTS, environment, seconds, write
 from plots import agreement_against_macs
 from torch import Tensor, nn
 
@@ -65,21 +64,20 @@ def _curve(
     base: nn.Module, options: dict[str, Any], budgets: list[float], calibration: list[Tensor], test: list[Tensor]
 ) -> dict[str, Any]:
     """Calibrated, then solved for again under each budget."""
-    config = redconvert.ConvertConfig(**{"cheap": "pointwise", "temporal": False, **options})
-    dynamic = redconvert.convert(base, config, example_inputs=test[0][:1])
-    seconds = {"dense_pass": _seconds(lambda: [answer(base, clips) for clips in calibration])}
-    seconds["calibrate"] = _seconds(lambda: redconvert.calibrate(dynamic, calibration, progress=True))
+    dynamic, spent = convert(base, test[0][:1], **options), {}
+    spent["dense_pass"] = round(seconds(lambda: [answer(base, clips) for clips in calibration]), 1)
+    spent["calibrate"] = round(seconds(lambda: redconvert.calibrate(dynamic, calibration, progress=True)), 1)
     begin = time.perf_counter()
     curve = redconvert.budget_curve(dynamic, calibration, budgets, test=test, refit=True, progress=True)
-    seconds["curve"] = round(time.perf_counter() - begin, 1)
-    print(curve, seconds, flush=True)
-    return curve.to_dict() | {"shares": options["shares"], "seconds": seconds}
+    spent["curve"] = round(time.perf_counter() - begin, 1)
+    print(curve, spent, flush=True)
+    return curve.to_dict() | {"shares": options["shares"], "seconds": spent}
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    return round(time.perf_counter() - begin, 1)
+def convert(base: nn.Module, clips: Tensor, **options: Any) -> nn.Module:
+    """A dynamic copy that decides about channels alone, as a row of AGREEING says."""
+    config = redconvert.ConvertConfig(**{"cheap": "pointwise", "temporal": False, **options})
+    return redconvert.convert(base, config, example_inputs=clips)
 
 
 @torch.no_grad()
