@@ -41,6 +41,10 @@ class LayerConfig:
         absorb: where one convolution alone reads the channels, behind norm, activation or pooling, do not rebuild them:
             that convolution computes from those that are there, with a weight of its own for each candidate
             (`redconvert.layers.Absorbed`). It saves input channels, too. Needs ``gate="hard"``.
+        mix_inputs: reduced candidates read mixtures of the input channels, too: as large a share of them as of their
+            own channels they compute (`redconvert.layers.InputMixtures`), so that a share s costs little more than
+            s^2. Calibration chooses them. Needs ``gate="hard"``; convolutions in groups, of fewer than 8 channels, 1x1,
+            and those that `absorb` ties to each other read all.
         shares: of its channels that the reduced candidates compute, falling, as in ``(0.75, 0.5)``, rounded up.
             ``None``: 1/2, 1/4, ... as ``search_space`` says, which then counts candidates in time alone.
         align: channel counts are rounded up to a multiple of this (kernels work in blocks of 8 or 16).
@@ -59,6 +63,7 @@ class LayerConfig:
     gate: str = "hard"
     cheap: str = "auto"
     absorb: bool = False
+    mix_inputs: bool = False
     shares: Sequence[float] | None = None
     align: int = 1
     normalize: bool = True
@@ -72,7 +77,7 @@ class LayerConfig:
         _check_int(self, "gate_hidden", minimum=1)
         if self.gate_frames is not None:
             _check_int(self, "gate_frames", minimum=1)
-        for name in ("temporal", "channel", "normalize", "absorb"):
+        for name in ("temporal", "channel", "normalize", "absorb", "mix_inputs"):
             if not isinstance(getattr(self, name), bool):
                 raise RedconvertError(f"{name} must be True or False, not {getattr(self, name)!r}")
         _check_choice(self, "gate", GATES)
@@ -84,6 +89,10 @@ class LayerConfig:
         if self.absorb and self.gate == "soft":
             raise RedconvertError(
                 "absorb=True needs gate='hard': a soft gate mixes candidates, and their sum has all channels"
+            )
+        if self.mix_inputs and self.gate == "soft":
+            raise RedconvertError(
+                "mix_inputs=True needs gate='hard': a soft gate mixes candidates, and each would read another input"
             )
         if self.shares is not None:
             object.__setattr__(self, "shares", _checked_shares(self.shares))

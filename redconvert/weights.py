@@ -24,7 +24,7 @@ __all__ = ["load_weights", "read_file", "read_state_dict"]
 # Where training loops put the state dict among their other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module")
 WRAPPED_AT_MOST = 4  # {"model": {"state_dict": ...}} is common; a dict that holds itself has no end
-ADDED_PARTS = ("gate", "cheap_c", "cheap_t")  # what conversion adds to a convolution
+ADDED_PARTS = ("gate", "cheap_c", "cheap_t", "mixed_in")  # what conversion adds to a convolution
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before 1.6
 LEGACY_PICKLES = 4  # the magic number, a version, the system, the object; then raw numbers
@@ -310,7 +310,7 @@ def check_values(model: nn.Module, found: Mapping[str, Tensor], where: str) -> N
                 f"it comes from a network that does not share them"
             )
     for key, value in found.items():
-        if key.endswith("cheap_c.order") and value.dim() == 1:
+        if key.endswith(("cheap_c.order", "mixed_in.order")) and value.dim() == 1:
             if not torch.equal(value.sort().values.long(), torch.arange(len(value), device=value.device)):
                 raise RedconvertError(f"{where}: '{key}' is no order of channels: 0 to {len(value) - 1}, each once")
         elif key.endswith(".source") and "cheap_c.ops." in key and value.numel():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..answers import differentiable, direction
 from ..errors import RedconvertError
-from ..layers import DynamicConv
+from ..inputs import device_of
 from ..layers.gate import processes
-from .statistics import ChannelMoments, gram, process_rank, sum_over_processes
+from .statistics import gram, process_rank, sum_over_processes
 
 __all__ = ["AnswerMetric"]
 
@@ -35,18 +35,16 @@ class AnswerMetric:
 
     Args:
         model: the network.
-        layers: those to watch.
+        sizes: how many channels each module has whose activations will be watched: layers, and mixtures of inputs.
         seed: of the moves.
         batches: how many will come in all, 0 where that is not known: then each sample's answer is moved once.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[DynamicConv], seed: int = 0, batches: int = 0) -> None:
+    def __init__(self, model: nn.Module, sizes: Mapping[nn.Module, int], seed: int = 0, batches: int = 0) -> None:
         self.model, self.batches = model, batches
         self.generator = torch.Generator().manual_seed(seed + process_rank())
-        self.sums = {
-            layer: torch.zeros(layer.out_channels, layer.out_channels, dtype=torch.float64, device=layer.weight.device)
-            for layer in layers
-        }
+        device = device_of(model)
+        self.sums = {key: torch.zeros(size, size, dtype=torch.float64, device=device) for key, size in sizes.items()}
 
     @contextmanager
     def differentiating(self) -> Iterator[None]:
@@ -61,13 +59,13 @@ class AnswerMetric:
             for parameter, needed in before:
                 parameter.requires_grad_(needed)
 
-    def watch(self, layer: DynamicConv, out: Tensor) -> Tensor | None:
-        """Add up the gradient of a layer's result; what is returned takes its place."""
+    def watch(self, key: nn.Module, out: Tensor) -> Tensor | None:
+        """Add up the gradient of a layer's result, or input; what is returned takes its place."""
         if not torch.is_grad_enabled() or not out.is_floating_point():
             return None
         if not out.requires_grad:
             out = out.detach().requires_grad_().clone()  # no leaf: an operation in place may follow
-        out.register_hook(lambda gradient: self._add(layer, gradient))
+        out.register_hook(lambda gradient: self._add(key, gradient))
         return out
 
     def move(self, outputs: Any) -> None:
@@ -86,23 +84,23 @@ class AnswerMetric:
                 f"the network's answers cannot be differentiated ({error}): calibrate with importance='norms'"
             ) from error
 
-    def weights(self, layer: DynamicConv, norms: Tensor, moments: ChannelMoments) -> Tensor:
-        """The metric of a layer, after `synchronize`: ``(C, C)``, or the norms' ``(C)`` where no answer depends on it.
+    def weights(self, key: nn.Module, norms: Tensor, covariance: Tensor) -> Tensor:
+        """The metric of its channels, after `synchronize`: ``(C, C)``, or the norms' where no answer depends on them.
 
         Args:
-            norms: importance of each channel by the norm that follows, ``(C)``.
-            moments: of the layer's channels.
+            norms: what errors cost by the norm that follows, ``(C)`` or ``(C, C)``.
+            covariance: of the channels, ``(C, C)``.
         """
-        metric = self.sums[layer]
-        size, scale = (metric * moments.covariance).sum(), (norms * moments.target_variance).sum()
+        metric, norms_metric = self.sums[key], norms.diag() if norms.dim() == 1 else norms
+        size, scale = (metric * covariance).sum(), (norms_metric * covariance).sum()
         if not (torch.isfinite(size) and size > 0 and scale > 0):
             return norms
-        return metric + torch.diag(norms * (NORMS_SHARE * size / scale))
+        return metric + norms_metric * (NORMS_SHARE * size / scale)
 
     def synchronize(self) -> None:
         """Sum over processes, where there are several."""
         for value in self.sums.values():
             sum_over_processes(value)
 
-    def _add(self, layer: DynamicConv, gradient: Tensor) -> None:
-        self.sums[layer] += gram(gradient)
+    def _add(self, key: nn.Module, gradient: Tensor) -> None:
+        self.sums[key] += gram(gradient)

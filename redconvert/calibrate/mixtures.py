@@ -40,6 +40,8 @@ class MixtureMoments(MendedLayer):
         return 0 if decision.temporal or decision.blend else decision.channel
 
     def _predictors(self, x: Tensor, decision: Decision) -> Tensor:
+        if self.layer.mixed_in is not None:
+            x = self.layer.mixed_in.seen(decision.channel, x)
         return self.cheap.to_ranks(self.layer.whole(x, decision.source))
 
     def _add(self, index: int, predictors: Tensor, wanted: Tensor) -> None:

@@ -21,6 +21,9 @@ class CalibratedLayer:
             too few samples take it (``decisions="gates"``).
         temporal_explained: for each reduced temporal candidate, the same for the skipped frames; None where the
             layer's clips are so short that no skipped frame lies between two computed ones: there it stays a copy.
+        input_explained: for each reduced channel candidate, the share of what the layer's input channels do to the
+            answer that its mixtures of them keep; empty where it reads all, or where order and mixtures stay as they
+            were (``decisions="gates"``).
     """
 
     name: str
@@ -28,6 +31,7 @@ class CalibratedLayer:
     frame_strides: tuple[int, ...]
     channel_explained: tuple[float | None, ...]
     temporal_explained: tuple[float | None, ...]
+    input_explained: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .passes import Passes, Reduced, count_batches
 from .reduced import ROWS_PER_CHANNEL, ReducedMoments
 from .result import CalibratedLayer, Calibration
 from .select import greedy_order, greedy_sources
-from .solve import solve_channels, solve_frames, solve_principal
+from .solve import filter_metric, solve_channels, solve_frames, solve_inputs, solve_principal
 from .statistics import ChannelMoments, FrameMoments, norm_slope, sum_over_processes
 
 __all__ = ["calibrate"]
@@ -123,7 +123,13 @@ def calibrate(
     return Calibration(
         type(dynamic).__name__,
         tuple(
-            CalibratedLayer(name, layer.candidates.channels, layer.candidates.strides, *(nothing | explained)[layer])
+            CalibratedLayer(
+                name,
+                layer.candidates.channels,
+                layer.candidates.strides,
+                *(nothing | explained)[layer],
+                input_explained=run.kept.get(layer, ()),
+            )
             for name, layer in layers.items()
         ),
         run.passes.samples,
@@ -140,8 +146,11 @@ class _Run:
     ) -> None:
         self.layers, self.ridge = layers, ridge
         self.readers = {layers[source]: layers[reader] for source, reader in pairs(layers).items()}
+        self.inputs = {layer: layer.mixed_in for layer in layers.values() if layer.mixed_in is not None}
+        sizes: dict[nn.Module, int] = {layer: layer.out_channels for layer in layers.values()}
+        sizes |= {mixed: layer.in_channels for layer, mixed in self.inputs.items()}
         asked = importance == "answers"
-        self.metric = AnswerMetric(model, layers.values(), batches=count_batches(batches)) if asked else None
+        self.metric = AnswerMetric(model, sizes, batches=count_batches(batches)) if asked else None
         self.passes = Passes(model, layers, batches, self.metric)
         modules, facts = dict(model.named_modules()), trace(model).facts
         norms = {layer: facts[name].norm if name in facts else None for name, layer in layers.items()}
@@ -152,6 +161,7 @@ class _Run:
         self.shortcuts = {layer: modules.get(shortcuts[layer] or "") for layer in changing}
         # What a unit of variance of each channel is worth behind the norm that follows: weight^2 / variance.
         # Summed, since running statistics drift apart in data-parallel training, and the choice must be the same.
+        self.kept: dict[DynamicConv, tuple[float, ...]] = {}
         self.importance = {
             layer: sum_over_processes(norm_slope(layer, norm).square()) for layer, norm in self.norms.items()
         }
@@ -171,14 +181,21 @@ class _Run:
     def first_pass(self) -> dict[DynamicConv, Explained]:
         """Moments of the dense network; order, Phi_c and Phi_t from them; what they explain."""
         channels: dict[DynamicConv, ChannelMoments] = {}
+        inputs: dict[DynamicConv, ChannelMoments] = {}
         frames: dict[DynamicConv, list[FrameMoments]] = {}
         for layer in self.layers.values():
             device, count = layer.weight.device, layer.out_channels
             if layer.cheap_c is not None:
                 channels[layer] = ChannelMoments.empty(count, count, device)
+            if layer in self.inputs:
+                inputs[layer] = ChannelMoments.empty(layer.in_channels, layer.in_channels, device)
             frames[layer] = [FrameMoments.empty(s, count, device) for s in layer.candidates.strides[1:]]
 
-        sources = {reader: layer for layer, reader in self.readers.items()}
+        # Channels that are handed over count where they are missed: in the input of their reader.
+        watched: dict[nn.Module, tuple[nn.Module, ChannelMoments]] = {
+            **{reader: (layer, channels[layer]) for layer, reader in self.readers.items()},
+            **{layer: (mixed, inputs[layer]) for layer, mixed in self.inputs.items()},
+        }
 
         def add(layer: DynamicConv, out: Tensor) -> None:
             if layer in channels and layer.hands_to is None:
@@ -194,26 +211,36 @@ class _Run:
             return self.metric.watch(layer, out) if watched else None  # type: ignore[union-attr]
 
         def collect_read(reader: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            """Channels that are handed over count where they are missed: in the input of their reader."""
-            source = sources[reader]  # type: ignore[index]
+            key, moments = watched[reader]
             if not in_backward():
-                channels[source].add(args[0])
-            seen = None if self.metric is None else self.metric.watch(source, args[0])
+                moments.add(args[0])
+            seen = None if self.metric is None else self.metric.watch(key, args[0])
             return None if seen is None else (seen, *args[1:])
 
         with ExitStack() as stack:
-            for reader in sources:
+            for reader in watched:
                 stack.callback(reader.register_forward_pre_hook(collect_read).remove)
             self.passes.run(collect, [])
         if self.metric is not None:
             self.metric.synchronize()
-        self._finish([*channels.items(), *((layer, each) for layer, all_ in frames.items() for each in all_)])
+        self._finish(
+            [*channels.items(), *inputs.items(), *((layer, each) for layer, all_ in frames.items() for each in all_)]
+        )
         explained: dict[DynamicConv, Explained] = {}
         for layer in self.layers.values():
             by_channel = self._solve_layer(layer, channels[layer]) if layer in channels else ()
             by_frame = tuple(self._solve_frames(layer, j, moments) for j, moments in enumerate(frames[layer], start=1))
             explained[layer] = by_channel, by_frame
+            if layer in inputs:
+                self.kept[layer] = self._solve_inputs(layer, inputs[layer])
         return explained
+
+    def _solve_inputs(self, layer: DynamicConv, moments: ChannelMoments) -> tuple[float, ...]:
+        second = moments.within / moments.count  # not centred: what pads the borders is 0
+        metric = filter_metric(layer.recipe.weight(layer), self.importance[layer])
+        if self.metric is not None:
+            metric = self.metric.weights(self.inputs[layer], metric, second)
+        return solve_inputs(self.inputs[layer], second, metric)
 
     def _solve_layer(self, layer: DynamicConv, moments: ChannelMoments) -> tuple[float, ...]:
         cheap, weights = layer.cheap_c, self.importance[layer]
@@ -221,7 +248,7 @@ class _Run:
         if layer.hands_to is not None:
             weights = torch.ones_like(weights)  # the norm lies in front
         if self.metric is not None:
-            weights = self.metric.weights(layer, weights, moments)
+            weights = self.metric.weights(layer, weights, moments.covariance)
         choose = greedy_order if cheap.kinds[0] in ("pointwise", "principal", "none") else greedy_sources
         steps = cheap.channels[1] // (layer.out_channels // layer.groups if layer.groups > 1 else 1)
         cheap.set_order(choose(moments.covariance, weights, layer.groups, steps))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layers import ChannelRebuild, FrameRebuild
+from ..layers import ChannelRebuild, FrameRebuild, InputMixtures
 from ..layers.cheap import CheapOp, Principal
+from .select import greedy_order
 from .statistics import ChannelMoments, FrameMoments
 
-__all__ = ["solve_channels", "solve_frames", "solve_principal"]
+__all__ = ["filter_metric", "solve_channels", "solve_frames", "solve_inputs", "solve_principal"]
 
 
 def solve_channels(op: CheapOp, moments: ChannelMoments, ridge: float) -> Tensor:
@@ -45,6 +46,32 @@ def solve_principal(cheap: ChannelRebuild, moments: ChannelMoments, metric: Tens
     ops = [op for op in cheap.ops if isinstance(op, Principal)]
     lefts = [op.fit_components(ranks.covariance, metric, ranks.sum_x / ranks.count) for op in ops]
     return [left[cheap.inverse] for left in lefts]
+
+
+def filter_metric(filters: Tensor, importance: Tensor) -> Tensor:
+    """What errors of the input channels cost, as far as the filters ``(C_out, C_in, ...)`` tell: ``(C_in, C_in)``.
+
+    They move output channel o at each tap by ``W_o e``, which costs ``importance_o`` per square. Taps count alone.
+    """
+    rows = (filters.detach().double() * importance.sqrt().view(-1, *(1,) * (filters.dim() - 1))).transpose(0, 1)
+    return rows.flatten(1) @ rows.flatten(1).T
+
+
+def solve_inputs(mixed: InputMixtures, moments: Tensor, metric: Tensor) -> tuple[float, ...]:
+    """Set every candidate's mixtures of inputs to the principal components; see `InputMixture.fit`.
+
+    Args:
+        mixed: of a layer.
+        moments: of its input channels, ``E[x x^T]``, ``(C, C)``; metric: what their errors cost, ``(C, C)``.
+
+    Returns:
+        By reduced candidate the share that it keeps of what the input channels do in that metric.
+    """
+    order = greedy_order(moments, metric, steps=mixed.channels[1])
+    mixed.order.copy_(order)
+    in_order = [each[order][:, order] for each in (moments, metric)]
+    ops = [mixed.op(index) for index in range(1, len(mixed.channels))]
+    return tuple(1.0 if op is None else float(1 - op.fit(*in_order)) for op in ops)
 
 
 @torch.no_grad()

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from ..layers import DynamicConv, Recipe
 from ..layers.cheap import Depthwise, Nothing, OneSource, Pointwise
-from .plain import JoinChannels, Pad, RebuildFrames, RecipePad, ScaleChannels, TakeChannels, TakeFrames, Zeros
+from .plain import (
+    JoinChannels,
+    MixChannels,
+    Pad,
+    RebuildFrames,
+    RecipePad,
+    ScaleChannels,
+    TakeChannels,
+    TakeFrames,
+    Zeros,
+)
 
 __all__ = ["Parts", "bake"]
 
@@ -36,7 +46,7 @@ def bake(layer: DynamicConv, channel: int, temporal: int, source: int = 0) -> Pa
     computed, dropped = _ranks(layer, channel)
     pads, padding = _padding(layer)
     takes = _channels_to_read(layer, source) if source else _channels_to_take(layer, computed)
-    steps = [*_frames_to_take(layer, temporal), *takes, *pads]
+    steps = [*_frames_to_take(layer, temporal), *takes, *_mixing(layer, channel), *pads]
     return Parts(
         take=_chain(steps),
         conv=_smaller(layer, channel, computed, temporal, padding, source),
@@ -100,6 +110,18 @@ def _channels_to_read(layer: DynamicConv, source: int) -> list[nn.Module]:
     return [TakeChannels(_in_place(layer.reads_from.kept(source)), len(layer.stride))]
 
 
+def _mixing(layer: DynamicConv, channel: int) -> list[nn.Module]:
+    """Mixtures of the input channels, where the candidate reads those."""
+    mixed = layer.mixed_in
+    op = None if mixed is None else mixed.op(channel)
+    if mixed is None or op is None:
+        return []
+    dims, (kept, dropped) = len(layer.stride), op.weight.shape
+    conv = _conv_class(layer)(dropped, kept, 1, bias=False, device="meta")
+    conv = _filled(conv, _parameter(op.weight.to(layer.weight.dtype)[(..., *(None,) * dims)], op.weight), None)
+    return [MixChannels(mixed.order[:kept], mixed.order[kept:], conv, dims)]
+
+
 def _in_place(kept: Tensor) -> Tensor:
     """Sorted: neighbours in memory stay neighbours."""
     return kept.sort().values
@@ -131,6 +153,7 @@ def _smaller(
         full, kept_bias = layer.cheap_c.filters(channel, full, bias)
         full = full.index_select(0, computed)
         bias = None if kept_bias is None else _parameter(kept_bias.index_select(0, computed), weight)
+        full = full if layer.mixed_in is None else layer.mixed_in.filters(channel, full)
     stride = list(layer.stride)
     if layer.num_frames is None:
         stride[0] *= layer.candidates.strides[temporal]

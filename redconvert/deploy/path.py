@@ -101,6 +101,8 @@ class Path:
             return self.packed(read.padded(x), residual, activation, overwrite, means)
         if reduced.inputs is not None:
             x = select(x, 1, reduced.inputs)
+        if reduced.mixing is not None:
+            x = reduced.mixing(x)
         y = self.packed(read.padded(x))
         rebuilt = None
         if reduced.cheap is not None:

@@ -21,6 +21,7 @@ from ..layers.routing import memory_format, select
 __all__ = [
     "FrozenConv",
     "JoinChannels",
+    "MixChannels",
     "Pad",
     "RebuildFrames",
     "RecipePad",
@@ -96,6 +97,22 @@ class TakeChannels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return take_channels(x, self.index, self.dims)
+
+
+class MixChannels(nn.Module):
+    """The channels ``kept`` with what ``conv``, a 1x1 convolution, makes of the channels ``dropped`` added to them."""
+
+    kept: Tensor
+    dropped: Tensor
+
+    def __init__(self, kept: Tensor, dropped: Tensor, conv: nn.Module, dims: int) -> None:
+        super().__init__()
+        self.register_buffer("kept", kept.clone())
+        self.register_buffer("dropped", dropped.clone())
+        self.conv, self.dims = conv, dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return take_channels(x, self.kept, self.dims) + self.conv(take_channels(x, self.dropped, self.dims))
 
 
 class Pad(nn.Module):

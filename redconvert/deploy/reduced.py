@@ -25,6 +25,7 @@ class Reduced:
 
     filter: Filter
     inputs: Tensor | None  # input channels that the kept groups read; None: all
+    mixing: PackedConv | None  # what makes mixtures of the input channels; None: all are read
     cheap: PackedConv | None  # None: one source channel each, which the assembly does
     cheap_source: Tensor | None  # channels that a depthwise operation reads
     assembly: Assembly
@@ -71,13 +72,18 @@ def reduce(unit: Unit, channel: int, source: int) -> Reduced:
     assembly = Assembly.build(index[inverse], scale[inverse], shift[inverse], kept, product)
     filter = absorbed_filter(unit.layer, unit.filter, source)
     weight, bias = rebuild.filters(channel, filter.weight, filter.bias)
+    mixing, mixed = None, unit.layer.mixed_in
+    if mixed is not None and mixed.op(channel) is not None:
+        weight = mixed.filters(channel, weight)
+        matrix = mixed.matrix(channel).to(weight.dtype)[..., None, None, None]
+        mixing = unit.pack(Filter(matrix, None, (1, 1, 1), (0, 0, 0), (1, 1, 1), 1), f"mixing {channel}")
     filter = replace(
         filter,
         weight=weight.detach(),
         bias=None if bias is None else bias.detach(),
         groups=max(filter.groups * kept // len(order), 1),
     )
-    return Reduced(filter, inputs, cheap, cheap_source, assembly)
+    return Reduced(filter, inputs, mixing, cheap, cheap_source, assembly)
 
 
 def build_filling(unit: Unit, temporal: int, channel: int) -> Filling | None:

@@ -33,7 +33,8 @@ def serves(unit: Unit) -> bool:
     square = f.stride[1] == f.stride[2] and f.padding[1] == f.padding[2] and f.dilation == (1, 1, 1)
     ops = [layer.cheap_c.op(i) for i in range(1, len(layer.candidates.channels))]
     zeros = getattr(layer, "padding_mode", "zeros") == "zeros"
-    return geometry and square and zeros and all(type(op) in (Pointwise, Scale) for op in ops)
+    reads_all = layer.mixed_in is None
+    return geometry and square and zeros and reads_all and all(type(op) in (Pointwise, Scale) for op in ops)
 
 
 def device_decisions(z: Tensor, split: int) -> tuple[Tensor, Tensor]:

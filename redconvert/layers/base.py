@@ -19,6 +19,7 @@ from .cheap import resolve_cheap
 from .frames import FrameRebuild
 from .gate import Gate, GateWeights, candidate_weights
 from .geometry import check_input
+from .inputs import InputMixtures, mixture_counts
 from .masked import pool
 from .rebuild import ChannelRebuild
 from .recipes import Recipe, recipe_of
@@ -29,7 +30,7 @@ from .training import convolve_learning, resting, run_masked
 __all__ = ["DynamicConv", "Observation"]
 
 DEFAULT_GATE_FRAMES = 8  # where no example says how long clips are
-ADDED_MODULES = ("gate", "cheap_c", "cheap_t", "cheap_in")
+ADDED_MODULES = ("gate", "cheap_c", "cheap_t", "cheap_in", "mixed_in")
 ADDED_ATTRIBUTES = (  # all that make_dynamic and the modes set on a convolution
     *("config", "candidates", "num_frames", "layer_name", "feeds_norm", "forced", "enabled", "learns", "observers"),
     *("hands_to", "reads_from", "capturable", "settled"),
@@ -74,6 +75,7 @@ class DynamicConv(nn.Module):
     cheap_c: ChannelRebuild | None
     cheap_t: FrameRebuild | None
     cheap_in: Absorbed | None
+    mixed_in: InputMixtures | None
     num_frames: int | None
     layer_name: str
 
@@ -112,7 +114,7 @@ class DynamicConv(nn.Module):
         self.candidates = self.plan_candidates(self, config, num_frames)
         if self.candidates.is_static:
             raise RedconvertError(f"layer '{self.layer_name}' has one channel and no time axis: nothing to decide")
-        self.cheap_c = self.cheap_t = self.cheap_in = None
+        self.cheap_c = self.cheap_t = self.cheap_in = self.mixed_in = None
         if len(self.candidates.channels) > 1:
             per_output = self.weight[0].numel()
             cheap = "none" if hands_over else config.cheap
@@ -123,6 +125,9 @@ class DynamicConv(nn.Module):
             self.cheap_t = FrameRebuild(self.candidates)
         if reads is not None:
             self.cheap_in = Absorbed(reads, self.out_channels, self.kernel_size)
+        elif config.mix_inputs and self.cheap_c is not None and not hands_over:
+            counts = mixture_counts(self, self.candidates.channels, config.align)
+            self.mixed_in = None if counts is None else InputMixtures(counts)
         has_time = isinstance(self, nn.Conv3d) or num_frames is not None
         frames = (config.gate_frames or gate_frames or num_frames or DEFAULT_GATE_FRAMES) if has_time else 1
         self.gate = Gate(
@@ -151,7 +156,7 @@ class DynamicConv(nn.Module):
 
     def added_modules(self) -> list[nn.Module]:
         """What conversion added: the gate and the cheap operations."""
-        return [part for part in (self.gate, self.cheap_c, self.cheap_t, self.cheap_in) if part is not None]
+        return [part for name in ADDED_MODULES if (part := getattr(self, name)) is not None]
 
     def cheap_parameters(self) -> Iterator[nn.Parameter]:
         """Of what rebuilds this layer's own channels and frames."""
@@ -300,9 +305,14 @@ class DynamicConv(nn.Module):
         """Whether this layer rebuilds the channels that it does not compute, and hands over none."""
         return self.cheap_c is not None and self.hands_to is None
 
+    @property
+    def derives(self) -> bool:
+        """Whether what its candidates rebuild follows from the full convolution's result: not where they read less."""
+        return self.rebuilds and self.mixed_in is None
+
     def mix(self, y: Tensor, weights: GateWeights) -> Tensor:
         """The soft sum over all candidates (Eq. 5), from the full convolution ``y``: static shapes."""
-        if self.rebuilds:
+        if self.derives:
             y = self.mix_channels(y, weights.channel)
         if self.cheap_t is not None:
             z = self.as_clips(y, self.frames_per_sample)
@@ -348,6 +358,8 @@ class DynamicConv(nn.Module):
                 kept_groups = order[::per_group_out] // per_group_out
                 x = select(x, 1, sample_rows(kept_groups, per_group_in))
         x, stride, padding = self._strided(x, self.candidates.strides[temporal])
+        if self.mixed_in is not None and channel:
+            x, weight = self.mixed_in.read(channel, x), self.mixed_in.filters(channel, weight)
         if learned and groups == 1:
             assert self.cheap_c is not None and not channel
             trained = self.cheap_c.order[: self.candidates.channels[learned]]

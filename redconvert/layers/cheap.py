@@ -18,11 +18,31 @@ __all__ = [
     "Pointwise",
     "Principal",
     "Scale",
+    "principal_factors",
     "resolve_cheap",
 ]
 
 LEAST_SCALE = 1e-3  # of what is computed: it is divided by
 AUTO_COST = 0.1  # "auto" takes pointwise where it costs at most this share of what it saves
+
+
+def principal_factors(moments: Tensor, metric: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """The map P of rank k for which ``tr(M (1 - P) S (1 - P)^T)`` is least, as the product of two factors.
+
+    That is ``P = M^-1/2 U U^T M^1/2``, U being the eigenvectors of ``M^1/2 S M^1/2`` with the largest values.
+
+    Args:
+        moments: S, ``(C, C)``; metric: M, ``(C, C)``, or its diagonal ``(C)``.
+        kept: k.
+
+    Returns:
+        ``M^-1/2 U`` and ``U^T M^1/2``, ``(C, k)`` and ``(k, C)``.
+    """
+    values, vectors = torch.linalg.eigh(metric if metric.dim() == 2 else metric.diag())
+    values = values.clamp_min(1e-12 * values.max().clamp_min(torch.finfo(values.dtype).tiny))
+    root, inverse = ((vectors * power) @ vectors.T for power in (values.sqrt(), values.rsqrt()))
+    components = torch.linalg.eigh(root @ moments @ root).eigenvectors[:, -kept:]
+    return inverse @ components, components.T @ root
 
 
 def resolve_cheap(kind: str, kept: int, macs_per_output: int, groups: int = 1) -> str:
@@ -179,8 +199,7 @@ class Principal(Pointwise):
     def fit_components(self, covariance: Tensor, metric: Tensor, means: Tensor) -> Tensor:
         """Keep the k principal components in the metric M, so that ``tr(M (1 - P) S (1 - P)^T)`` is least.
 
-        Of all maps P of rank k that is ``P = M^-1/2 U U^T M^1/2``, U being the eigenvectors of ``M^1/2 S M^1/2`` with
-        the largest values. Its first k rows are ``mix``, and the others Phi_c times those.
+        The first k rows of that P (`principal_factors`) are ``mix``, and the others Phi_c times those.
 
         Args:
             covariance: S of the channels, ``(C, C)``; metric: what errors cost, ``(C, C)`` or ``(C)``.
@@ -190,11 +209,7 @@ class Principal(Pointwise):
             The unexplained variance of each channel, ``(C)``.
         """
         kept = len(self.mix)
-        values, vectors = torch.linalg.eigh(metric if metric.dim() == 2 else metric.diag())
-        values = values.clamp_min(1e-12 * values.max().clamp_min(torch.finfo(values.dtype).tiny))
-        root, inverse = ((vectors * power) @ vectors.T for power in (values.sqrt(), values.rsqrt()))
-        components = torch.linalg.eigh(root @ covariance @ root).eigenvectors[:, -kept:]
-        back, forth = inverse @ components, components.T @ root  # (C, k), (k, C)
+        back, forth = principal_factors(covariance, metric, kept)
         # Phi_c = back_d back_k^-1, where the k rows may be nearly dependent.
         phi = torch.linalg.lstsq(back[:kept].T, back[kept:].T, driver="gelsd" if back.device.type == "cpu" else None)
         whole = torch.cat([torch.eye(kept, dtype=back.dtype, device=back.device), phi.solution.T]) @ back[:kept] @ forth

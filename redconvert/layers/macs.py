@@ -7,6 +7,7 @@ One multiply-add is one FLOP, as in the paper and in fvcore.
 - Phi_t: two per rebuilt element, ``(T_o - frames_j) * C_out * H_o * W_o * 2``;
 - absorbed: where the layer that is read hands over ``k_s`` channels, ``C_in`` is ``k_s``; the weights for that, and
   mixtures of filters, are made once, not per input;
+- mixtures of input channels: B once per input position that is read, and ``C_in`` is how many there are;
 - gate: FC1 and FC2, and one per input element for the average over H and W (fvcore counts pooling so).
 """
 
@@ -58,7 +59,9 @@ class LayerMacs:
 def layer_macs(layer: DynamicConv, input_shape: Sequence[int], output_shape: Sequence[int]) -> LayerMacs:
     """MACs of ``layer`` per sample, from the shapes of one call (batch and folded frames included)."""
     frames, positions = _frames_and_positions(layer, output_shape)
-    per_output = layer.weight[0].numel()
+    per_output, mixed = layer.weight[0].numel(), layer.mixed_in
+    in_frames = input_shape[2] if len(input_shape) == 5 else layer.frames_per_sample
+    in_positions = math.prod(input_shape[-2:])
     conv: list[list[int]] = []
     cheap: list[list[int]] = []
     for i, kept in enumerate(layer.candidates.channels):
@@ -67,11 +70,14 @@ def layer_macs(layer: DynamicConv, input_shape: Sequence[int], output_shape: Seq
         cheap.append([])
         for j in range(len(layer.candidates.strides)):
             computed = layer.candidates.frames(j, frames)
-            conv[-1].append(kept * computed * positions * per_output)
+            macs = kept * computed * positions * per_output
+            conv[-1].append(macs if mixed is None else macs * mixed.channels[i] // layer.in_channels)
             rebuild_frames = 2 * (frames - computed) * layer.out_channels
             cheap[-1].append(positions * (computed * rebuild_channels + rebuild_frames))
-    in_frames = input_shape[2] if len(input_shape) == 5 else layer.frames_per_sample
-    pooled = layer.in_channels * in_frames * math.prod(input_shape[-2:])
+            if mixed is not None:
+                read = in_frames if isinstance(layer, nn.Conv3d) else computed
+                cheap[-1][-1] += mixed.macs_per_position(i) * read * in_positions
+    pooled = layer.in_channels * in_frames * in_positions
     gate = pooled + layer.gate.fc1.weight.numel() + layer.gate.fc2.weight.numel()
     return LayerMacs(
         dense=conv[0][0],

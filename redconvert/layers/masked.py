@@ -94,7 +94,7 @@ class _Pullback:
         self.values: list[Tensor] = []  # scalars whose derivative by gates and cheap operations is sought
         if layer.cheap_t is not None:
             gradient = self._frames(y, weights, gradient)
-        if layer.rebuilds:
+        if layer.derives:
             gradient = self._channels(y, weights, gradient)
         self.input_gradient = gradient
         with torch.enable_grad():
@@ -118,7 +118,7 @@ class _Pullback:
         layer, cheap = self.layer, self.layer.cheap_t
         assert cheap is not None
         z = y
-        if layer.rebuilds and not _only_full(weights.channel):
+        if layer.derives and not _only_full(weights.channel):
             z = layer.mix_channels(y, weights.channel)
         z = layer.as_clips(z, layer.frames_per_sample)
         g = layer.as_clips(gradient, layer.frames_per_sample).flatten(3)
@@ -200,12 +200,12 @@ def rebuild_loss(layer: DynamicConv, y: Tensor, weights: GateWeights) -> Tensor 
     """
     if not layer.config.rebuild_weight:
         return None
-    if not (layer.rebuilds and "depthwise" in layer.cheap_c.kinds):  # type: ignore[union-attr]  # that one needs neighbours
+    if not (layer.derives and "depthwise" in layer.cheap_c.kinds):  # type: ignore[union-attr]  # that one needs neighbours
         down, across = (max(1, size // SAMPLED_SIZE) for size in y.shape[-2:])
         y = y[..., ::down, ::across].contiguous()
     terms = []
     scale = y.detach().var() + torch.finfo(y.dtype).tiny
-    if layer.rebuilds:
+    if layer.derives:
         assert layer.cheap_c is not None
         # The frames that every temporal candidate computes: larger search spaces then cost no more.
         sampled = layer.as_clips(y, layer.frames_per_sample)[:, :, :: layer.candidates.strides[-1]]

@@ -69,7 +69,7 @@ def _run_chosen(layer: DynamicConv, x: Tensor, choices: Sequence[Choice]) -> Ten
     if isinstance(channel, Tensor):
         folded = layer.frames_per_sample > 1  # then a sample has a row per frame
         rows = channel.repeat_interleave(computed, dim=0) if folded else channel
-        y = _largest(rows, _channel_candidates(layer, y))
+        y = _largest(rows, _channel_candidates(layer, x, y, j))
     elif i:
         y = layer.cheap_c.single(y, i)  # type: ignore[union-attr]
     if isinstance(temporal, int) and not j:
@@ -135,10 +135,15 @@ def _read_mixed(layer: DynamicConv, x: Tensor) -> Tensor:
     _, weights = static_source(layer)
     if weights is None:
         return y
-    results = [y, *(layer._convolve(x, 0, 0, index) for index in range(1, weights.shape[1]))]
+    return _soft_sum(layer, [y, *(layer._convolve(x, 0, 0, index) for index in range(1, weights.shape[1]))], weights)
+
+
+def _soft_sum(layer: DynamicConv, results: list[Tensor], weights: Tensor) -> Tensor:
+    """Each sample's largest open candidate in value, in gradient the sum of all; full one first."""
     rows = weights.repeat_interleave(layer.frames_per_sample, dim=0)
-    shape = (-1, *(1,) * (y.dim() - 1))
-    soft = sum(each * row.to(y.dtype).view(shape) for each, row in zip(results, rows.unbind(1), strict=True))
+    shape = (-1, *(1,) * (results[0].dim() - 1))
+    terms = [each * row.to(each.dtype).view(shape) for each, row in zip(results, rows.unbind(1), strict=True)]
+    soft = sum(terms[1:], terms[0])
     hard = _largest(rows > 0, (each.detach() for each in reversed(results)))
     return replace_value(soft, hard)
 
@@ -146,7 +151,9 @@ def _read_mixed(layer: DynamicConv, x: Tensor) -> Tensor:
 def mixed(layer: DynamicConv, x: Tensor, weights: GateWeights) -> Tensor:
     """The soft sum over all candidates (Eq. 5); in training with hard gates the largest open one, straight-through."""
     y = _read_mixed(layer, x)
-    if layer.hands_to is not None:
+    if layer.mixed_in is not None:
+        y = _soft_sum(layer, list(_channel_candidates(layer, x, y, 0))[::-1], weights.channel)
+    if layer.hands_to is not None or layer.mixed_in is not None:
         if layer.cheap_t is None:
             return y
         opened = one_hot(largest_open(weights.channel) * 0, weights.channel.shape[1])
@@ -182,12 +189,16 @@ def _choices(layer: DynamicConv, x: Tensor, pooled: Tensor, known: Sequence[int 
     return [gated if index is None else index for gated, index in zip(found, known, strict=True)]
 
 
-def _channel_candidates(layer: DynamicConv, y: Tensor) -> Iterator[Tensor]:
-    """From the full convolution what each candidate makes of it, from the cheapest to the full one."""
+def _channel_candidates(layer: DynamicConv, x: Tensor, y: Tensor, temporal: int) -> Iterator[Tensor]:
+    """What each candidate gives of the frames that are computed, from the cheapest to the full one, which is ``y``.
+
+    From y, or from the input where each reads mixtures of its own.
+    """
     cheap = layer.cheap_c
     assert cheap is not None
     for i in reversed(range(1, len(layer.candidates.channels))):
-        yield cheap.single(cheap.taken(i, y), i)
+        computed = cheap.taken(i, y) if layer.mixed_in is None else layer._convolve(x, i, temporal)
+        yield cheap.single(computed, i)
     yield y
 
 

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .absorb import Source, read_dense
 from .gate import GateWeights, matching, one_hot
 from .masked import CheckpointedMix
-from .routing import Decision, select
+from .routing import Decision, group_samples, route, sample_rows, select
 
 if TYPE_CHECKING:
     from .base import DynamicConv
@@ -29,14 +29,18 @@ def run_masked(
     layer: DynamicConv, x: Tensor, source: Source | None, weights: GateWeights, decisions: list[Decision]
 ) -> Tensor:
     """From the full convolution to what inference would return, with the gradient of the soft sum."""
-    learned = _learned(layer, decisions)
-    y = layer.whole(x, learned=learned) if source is None else read_dense(layer, x, source, learned)
-    if layer.hands_to is not None:
+    learned, mixes = _learned(layer, decisions), layer.mixed_in is not None
+    if mixes:
+        y = _Candidates.apply(layer, [d.channel for d in decisions], x, weights.channel, *_convolving(layer))
+    else:
+        y = layer.whole(x, learned=learned) if source is None else read_dense(layer, x, source, learned)
+    done = mixes or layer.hands_to is not None  # with channels: whoever reads what is handed over leaves some out
+    if done:
         if layer.cheap_t is None:
-            return y  # whoever reads it leaves channels out
+            return y
         opened = one_hot(torch.zeros_like(weights.channel[:, 0], dtype=torch.long), weights.channel.shape[1])
         weights = GateWeights(opened.to(weights.channel.dtype), weights.temporal)
-    own = [d._replace(channel=0 if layer.hands_to else d.channel, source=0) for d in decisions]
+    own = [d._replace(channel=0 if done else d.channel, source=0) for d in decisions]
     return CheckpointedMix.apply(layer, own, y, *weights, *layer.cheap_parameters())
 
 
@@ -105,3 +109,62 @@ class _Learning(torch.autograd.Function):
         if by_bias is not None:
             by_bias = by_bias.new_zeros(len(weight)).index_copy_(0, learned, by_bias)
         return by_x, by_weight, by_bias, None, None
+
+
+def _convolving(layer: DynamicConv) -> list[nn.Parameter]:
+    """All that a channel candidate computes with."""
+    parts = [part for part in (layer.cheap_c, layer.mixed_in) if part is not None]
+    own = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
+    return [*own, *(parameter for part in parts for parameter in part.parameters())]  # type: ignore[list-item]
+
+
+class _Candidates(torch.autograd.Function):
+    """Each sample's own channel candidate; the gradient is that of the soft sum ``sum_i w_i candidate_i(x)``.
+
+    For candidates that read different inputs. The input alone is kept: the backward pass computes every candidate
+    again, one at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, layer: DynamicConv, candidates: list[int], x: Tensor, weights: Tensor, *parameters: Tensor):
+        kind = x.device.type
+        ctx.layer, ctx.autocast = layer, (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        ctx.save_for_backward(x, weights, *parameters)
+
+        def compute(decision: Decision, samples: Tensor | None) -> Tensor:
+            rows = x if samples is None else select(x, 0, sample_rows(samples, layer.frames_per_sample))
+            return layer.compute(rows, decision)
+
+        return route(group_samples([Decision(index, 0) for index in candidates]), compute, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        x, weights, *parameters = ctx.saved_tensors
+        layer, (enabled, dtype), (_, _, by_x, by_weights, *by_parameters) = (
+            ctx.layer,
+            ctx.autocast,
+            ctx.needs_input_grad,
+        )
+        rows = weights.repeat_interleave(layer.frames_per_sample, dim=0).to(gradient.dtype)
+        wanted = [parameter for parameter, needed in zip(parameters, by_parameters, strict=True) if needed]
+        total: list[Tensor | None] = [None] * (by_x + len(wanted))
+        dots = torch.zeros(len(rows), weights.shape[1], dtype=gradient.dtype, device=gradient.device)
+        for index, taken in enumerate((weights > 0).any(0).tolist()):
+            if not (taken or by_weights):
+                continue
+            point = x.detach().requires_grad_(by_x)
+            with torch.set_grad_enabled(taken), torch.autocast(x.device.type, dtype=dtype, enabled=enabled):
+                out = layer.compute(point, Decision(index, 0))
+            dots[:, index] = (gradient * out.detach()).flatten(1).sum(1)
+            if taken and total:
+                pulled = gradient * rows[:, index].view(-1, *(1,) * (gradient.dim() - 1))
+                found = torch.autograd.grad(out, [point, *wanted][1 - by_x :], pulled.to(out.dtype), allow_unused=True)
+                total = [b if a is None else a if b is None else a + b for a, b in zip(total, found, strict=True)]
+        per_sample = dots.to(weights.dtype).unflatten(0, (-1, layer.frames_per_sample)).sum(1) if by_weights else None
+        # Zeros, not None, of what no sample computed with: data parallel training waits for every parameter.
+        found_for = iter(torch.zeros_like(p) if g is None else g for p, g in zip(wanted, total[by_x:], strict=True))
+        return (
+            *(None, None, total[0] if by_x else None, per_sample),
+            *(next(found_for) if needed else None for needed in by_parameters),
+        )

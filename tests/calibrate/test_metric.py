@@ -93,7 +93,7 @@ def test_groups_stay_together_in_a_metric():
 def test_the_metric_is_the_gradients_of_the_answer():
     dynamic = converted(Net().double())
     x, layers = batches(1)[0].double(), dynamic_layers(dynamic)
-    metric = AnswerMetric(dynamic, layers.values(), seed=7)
+    metric = AnswerMetric(dynamic, {layer: layer.out_channels for layer in layers.values()}, seed=7)
     handles = [each.register_forward_hook(lambda layer, _, out: metric.watch(layer, out)) for each in layers.values()]
     with torch.no_grad(), metric.differentiating():
         metric.move(dynamic(x))
@@ -117,7 +117,7 @@ def test_few_samples_are_moved_several_times(monkeypatch, count, moves):
     """`MOVES` in all, or four of each; the mean over the moves, so that the size of the metric stays the same."""
     dynamic = converted(Net().double())
     x, layer = batches(1)[0].double(), dynamic.second
-    metric = AnswerMetric(dynamic, [layer], seed=7, batches=count)
+    metric = AnswerMetric(dynamic, {layer: layer.out_channels}, seed=7, batches=count)
     along: list[Tensor] = []
     monkeypatch.setattr(
         module_of(AnswerMetric), "direction", lambda out, g: along.append(direction(out, g)) or along[-1]
@@ -141,12 +141,15 @@ def test_few_samples_are_moved_several_times(monkeypatch, count, moves):
 def test_where_no_answer_depends_on_a_layer_the_norms_decide():
     dynamic = converted(Net())
     layer = dynamic.first
-    metric, moments = AnswerMetric(dynamic, [layer]), ChannelMoments.empty(12, 12, torch.device("cpu"))
+    metric, moments = (
+        AnswerMetric(dynamic, {layer: layer.out_channels}),
+        ChannelMoments.empty(12, 12, torch.device("cpu")),
+    )
     moments.add(torch.randn(4, 12, 5, 5))
     norms = torch.rand(12, dtype=F64)
-    assert metric.weights(layer, norms, moments) is norms
+    assert metric.weights(layer, norms, moments.covariance) is norms
     metric.sums[layer] += psd(12, 0)
-    found = metric.weights(layer, norms, moments)
+    found = metric.weights(layer, norms, moments.covariance)
     torch.testing.assert_close(found - metric.sums[layer], torch.diag((found - metric.sums[layer]).diagonal()))
     assert float((torch.diag(found - metric.sums[layer]) / norms).std()) < 1e-9
 
