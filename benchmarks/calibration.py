@@ -42,6 +42,8 @@ class Row:
         temperature: at which answers count.
         moves: of all answers together, at least.
         draw: of calibration images, a thousand apart.
+        share: of the channels that every layer computes.
+        mixed: whether it reads mixtures of its input channels, as large a share of them.
     """
 
     cheap: str
@@ -52,6 +54,8 @@ class Row:
     temperature: float = answers.TEMPERATURE
     moves: int = metric.MOVES
     draw: int = 0
+    share: float = 0.5
+    mixed: bool = False
 
 
 by_norms = partial(Row, importance="norms")
@@ -74,6 +78,16 @@ ROWS = {
     "for the answer, principal, one pass, matched variance": Row("principal"),
     "for the answer, principal, one pass, matched variance, 100 images": Row("principal", 100),
     "for the answer, principal, 1 round, matched variance": Row("principal", rounds=1),
+    # Half of both is a quarter: these cost no more than half of the channels above.
+    "for the answer, principal, mixed inputs, 11/16 of both, one pass, matched variance": (
+        Row("principal", share=11 / 16, mixed=True)
+    ),
+    "for the answer, principal, mixed inputs, 11/16 of both, 1 round, matched variance": (
+        Row("principal", share=11 / 16, mixed=True, rounds=1)
+    ),
+    "for the answer, principal, mixed inputs, 11/16 of both, matched variance, 100 images": (
+        Row("principal", 100, share=11 / 16, mixed=True)
+    ),
     **{
         f"for the answer, principal, 100 images of draw {draw}, {name}": Row("principal", 100, moves=moves, draw=draw)
         for draw in range(1, 6)
@@ -112,7 +126,7 @@ def main() -> None:
     for name, row in ROWS.items():
         if name in result["rows"]:
             continue
-        dynamic, found = convert(model, cheap=row.cheap), {}
+        dynamic, found = convert(model, cheap=row.cheap, shares=(row.share,), mix_inputs=row.mixed), {}
         if row.rounds is not None:
             first = 1000 * row.draw
             calibration = _calibrate(dynamic, row, list(train[chosen[first : first + row.images]].split(100)))

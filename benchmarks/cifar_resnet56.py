@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import ABSORBED, HELD_OUT, accuracy, asking_again, batches, convert, images, resnet56, vgg16_bn
+from cifar import ABSORBED, HELD_OUT, MIXED, accuracy, asking_again, batches, convert, images, resnet56, vgg16_bn
 from common import RESULTS, environment, write
 from torch import nn
 from training import is_dynamic, train
@@ -93,12 +93,18 @@ def dynamic(setting: Setting, target: float, gate: str = "hard", **config: Any) 
     return Candidate(network, target=target, asks=True)
 
 
-def absorbed(setting: Setting, target: float, features: float = 0.0, efficiency: float | None = None) -> Candidate:
-    """Full, 3/4, half or 1/4 of the channels, absorbed where one convolution alone reads them.
+def absorbed(
+    setting: Setting,
+    target: float,
+    features: float = 0.0,
+    efficiency: float | None = None,
+    config: dict[str, Any] = ABSORBED,
+) -> Candidate:
+    """Full, 3/4, half or 1/4 of the channels, absorbed where one convolution alone reads them; or another ``config``.
 
     With an ``efficiency`` of its own L_e is Eq. 6, which knows no target: what is right costs what it executes.
     """
-    network = setting.convert(**ABSORBED)
+    network = setting.convert(**config)
     redconvert.calibrate(network, setting.calibration)
     redconvert.set_budget(network, target, setting.calibration[:3])
     redconvert.calibrate(network, setting.calibration, decisions="gates")
@@ -123,6 +129,8 @@ ROWS: dict[str, Callable[[Setting], Candidate]] = {
     "dynamic absorbed, from 0.5, Eq. 6": partial(absorbed, target=0.5, efficiency=PAPERS_WEIGHT),
     "dynamic absorbed, features 0.5": partial(absorbed, target=0.5, features=FEATURES),
     "dynamic absorbed, features 0.4": partial(absorbed, target=0.4, features=FEATURES),
+    "dynamic mixed, features 0.5": partial(absorbed, target=0.5, features=FEATURES, config=MIXED),
+    "dynamic mixed, features 0.4": partial(absorbed, target=0.4, features=FEATURES, config=MIXED),
     "depgraph 0.5": partial(pruned, share=0.5, method="depgraph"),
     "depgraph_uniform 0.5": partial(pruned, share=0.5, method="depgraph_uniform"),
     "magnitude 0.5": partial(pruned, share=0.5, method="magnitude"),

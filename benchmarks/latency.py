@@ -108,6 +108,9 @@ def measure(
     add_openvino(rivals, "OpenVINO", model, inputs, dtype, dense, "dense")
     absorbing = redconvert.convert(model, replace(config, absorb=True), example_inputs=one).to(kind)
     rivals |= _decided(absorbing, inputs, "absorbed", ("channels", "channels and frames", "mixed"), 0.0)
+    both = replace(config, cheap="principal", mix_inputs=True, shares=(11 / 16,))  # of a 3x3 convolution about half
+    mixing = redconvert.convert(model, both, example_inputs=one).to(kind)
+    rivals |= _decided(mixing, inputs, "inputs mixed", ("channels", "channels and frames"), 0.0)
     if batch == 1:
         if not absorbed_only:
             rivals |= _measured(model, config, inputs, kind) | _blended(model, config, one, inputs, kind)

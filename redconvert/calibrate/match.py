@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layers import DynamicConv
 from ..layers.routing import sample_rows
-from .statistics import sum_over_processes
+from .statistics import channel_sums, sum_over_processes
 
 __all__ = ["MatchedVariance"]
 
@@ -47,18 +47,24 @@ class MatchedVariance:
             out: of the dense stream, then of the reduced ones, each of as many samples. It is written over.
             decisions: channel candidate of each reduced sample.
         """
-        cheap, layer = self.layer.cheap_c, self.layer
+        cheap, frames = self.layer.cheap_c, self.layer.frames_per_sample
         assert cheap is not None
-        dense, reduced = out.tensor_split([len(out) - len(decisions) * layer.frames_per_sample])
+        dense, reduced = out.tensor_split([len(out) - len(decisions) * frames])
+        of_dense = torch.stack(_moments(dense))
         for i in set(decisions) - {0}:
-            samples = torch.tensor([n for n, each in enumerate(decisions) if each == i], device=out.device)
-            rows = sample_rows(samples, layer.frames_per_sample)
-            dropped = torch.arange(layer.out_channels, device=out.device)[cheap.changed(i)]
-            wanted = dense.index_select(0, rows % len(dense)).index_select(1, dropped)
-            found = reduced.index_select(0, rows).index_select(1, dropped)
-            self.sums[i] += torch.cat([_count(found), *_moments(wanted), *_moments(found)])
-            scale, shift = (each.to(out.dtype).view(-1, *(1,) * (out.dim() - 2)) for each in self._affine(i))
-            reduced[rows[:, None], dropped] = found * scale + shift
+            samples = [n for n, each in enumerate(decisions) if each == i]
+            rows, changed = _rows_of(samples, frames, out.device), cheap.changed(i)
+            whole = isinstance(rows, slice) and len(samples) * frames == len(dense)
+            wanted = of_dense if whole else torch.stack(_moments(dense[_within(rows, len(dense), out.device)]))
+            found = reduced[rows]  # a view of samples that follow each other
+            moments = torch.cat([wanted, torch.stack(_moments(found))])[:, changed]
+            self.sums[i] += torch.cat([_count(found), moments.flatten()])
+            scale, shift = torch.ones_like(of_dense[0]), torch.zeros_like(of_dense[0])
+            scale[changed], shift[changed] = self._affine(i)
+            shape = (-1, *(1,) * (out.dim() - 2))
+            found.mul_(scale.to(out.dtype).view(shape)).add_(shift.to(out.dtype).view(shape))
+            if not isinstance(rows, slice):
+                reduced[rows] = found
         return out
 
     def apply(self) -> None:
@@ -88,5 +94,17 @@ def _count(y: Tensor) -> Tensor:
 
 
 def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
-    rows = y.transpose(0, 1).flatten(1).double()
-    return rows.sum(1), rows.square().sum(1)
+    """Sums and sums of squares of each channel, ``(C)``."""
+    return channel_sums(y), channel_sums(y, squared=True)
+
+
+def _rows_of(samples: list[int], frames: int, device: torch.device) -> slice | Tensor:
+    """Their rows of a batch; a slice where they follow each other."""
+    if samples[-1] - samples[0] == len(samples) - 1:
+        return slice(samples[0] * frames, (samples[-1] + 1) * frames)
+    return sample_rows(torch.tensor(samples, device=device), frames)
+
+
+def _within(rows: slice | Tensor, total: int, device: torch.device) -> Tensor:
+    """The rows of the one dense stream that those of any reduced stream go with."""
+    return (torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows) % total

@@ -16,6 +16,7 @@ from ..errors import RedconvertError
 __all__ = [
     "ChannelMoments",
     "FrameMoments",
+    "channel_sums",
     "gram",
     "norm_slope",
     "process_rank",
@@ -50,13 +51,13 @@ class ChannelMoments:
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add the positions of ``x (N, k, ...)`` and ``y (N, D, ...)``; without y, of x with itself."""
         x = _rows(x)
-        within = _sum_of_products(x, x)
+        within, total = _sum_of_products(x, x), _sum(x)
         self.count += x.shape[0] * x.shape[2]
         self.within += within
-        self.sum_x += _sum(x)
+        self.sum_x += total
         if y is None:
             self.across += within
-            self.sum_y += _sum(x)
+            self.sum_y += total
             self.squares += within.diagonal()
         else:
             y = _rows(y)
@@ -156,6 +157,14 @@ def gram(x: Tensor) -> Tensor:
     """Sum of ``x x^T`` over samples, frames and positions of ``x (N, C, ...)``: ``(C, C)``, float64."""
     rows = _rows(x)
     return _sum_of_products(rows, rows)
+
+
+def channel_sums(x: Tensor, squared: bool = False) -> Tensor:
+    """Sum of each channel of ``x (N, C, ...)``, or of its squares, over all else: ``(C)``, float64."""
+    rows = _rows(x)
+    if not squared:
+        return _sum(rows)
+    return torch.linalg.vector_norm(rows, dim=2).double().square().sum(0)  # the only one that writes no squares
 
 
 def _rows(x: Tensor) -> Tensor:

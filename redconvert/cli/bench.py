@@ -20,6 +20,7 @@ from .options import (
     ConfigFile,
     Input,
     Measure,
+    MixInputs,
     Model,
     NumFrames,
     Rules,
@@ -53,6 +54,7 @@ def bench(
     config: ConfigFile = None,
     search_space: SearchSpace = None,
     absorb: Absorb = False,
+    mix_inputs: MixInputs = False,
     num_frames: NumFrames = None,
 ) -> None:
     """Milliseconds of the deployed network, dense and reduced, beside the dense forms that could run instead."""
@@ -62,7 +64,7 @@ def bench(
 
     if dtype not in TYPES:
         raise RedconvertError(f"--dtype {dtype} is none of {', '.join(TYPES)}")
-    settings = read_config(config, rule, search_space, num_frames, absorb=absorb)
+    settings = read_config(config, rule, search_space, num_frames, absorb=absorb, mix_inputs=mix_inputs)
     settings = settings if align is None else replace(settings, align=align)
     network = open_network(model, trust).eval()
     example, _ = inputs_and_plan(network, settings, inputs, as_json)

@@ -23,6 +23,7 @@ from .options import (
     FrameStep,
     Input,
     Mean,
+    MixInputs,
     Model,
     More,
     NumFrames,
@@ -67,10 +68,11 @@ def calibrate(
     config: ConfigFile = None,
     search_space: SearchSpace = None,
     absorb: Absorb = False,
+    mix_inputs: MixInputs = False,
     num_frames: NumFrames = None,
 ) -> None:
     """Convert a network, give its cheap operations a start from unlabelled videos or images, and save it."""
-    settings = read_config(config, rule, search_space, num_frames, model, absorb)
+    settings = read_config(config, rule, search_space, num_frames, model, absorb, mix_inputs)
     check_targets(out, plot)
     wanted = _importance(importance)
     source = Source(model, [*data, *(more or ())], weights, samples, step, mean, std, device, inputs, trust)

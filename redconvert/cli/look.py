@@ -18,6 +18,7 @@ from .options import (
     ConfigFile,
     Input,
     Measure,
+    MixInputs,
     Model,
     NumFrames,
     Rules,
@@ -42,12 +43,13 @@ def inspect(
     config: ConfigFile = None,
     search_space: SearchSpace = None,
     absorb: Absorb = False,
+    mix_inputs: MixInputs = False,
     num_frames: NumFrames = None,
 ) -> None:
     """Layers, MACs, what would become dynamic and why not the rest, and the lowest MACs it could cost."""
     from ..sources import guess_architecture, open_source
 
-    settings = read_config(config, rule, search_space, num_frames, model, absorb)
+    settings = read_config(config, rule, search_space, num_frames, model, absorb, mix_inputs)
     source = open_source(model, trust=trust)
     if source.saved is not None:
         show_saved(source.name, source.saved, as_json)
@@ -83,10 +85,11 @@ def plan(
     config: ConfigFile = None,
     search_space: SearchSpace = None,
     absorb: Absorb = False,
+    mix_inputs: MixInputs = False,
     num_frames: NumFrames = None,
 ) -> None:
     """A dry run of convert: the verdict and the reason for each convolution."""
-    settings = read_config(config, rule, search_space, num_frames, model, absorb)
+    settings = read_config(config, rule, search_space, num_frames, model, absorb, mix_inputs)
     _, made = inputs_and_plan(open_network(model, trust), settings, inputs, as_json, measure)
     if as_json:
         print(made.to_json())

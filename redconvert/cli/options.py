@@ -72,6 +72,14 @@ Absorb = Annotated[
         show_default=False,
     ),
 ]
+MixInputs = Annotated[
+    bool,
+    typer.Option(
+        "--mix-inputs",
+        help="Reduced layers read mixtures of their input channels, too: half of both costs a quarter.",
+        show_default=False,
+    ),
+]
 NumFrames = Annotated[int | None, typer.Option(help="Frames per clip where a 2D network's batch holds frames.")]
 Data = Annotated[
     list[Path],
@@ -101,6 +109,7 @@ def read_config(
     num_frames: int | None,
     model: str = "",
     absorb: bool = False,
+    mix_inputs: bool = False,
 ) -> ConvertConfig:
     """The config that the options describe; networks of the zoo that take frames in the batch know how many."""
     values = {} if file is None else _config_of(file)
@@ -113,6 +122,8 @@ def read_config(
         values["num_frames"] = num_frames
     if absorb:
         values["absorb"] = True
+    if mix_inputs:
+        values["mix_inputs"] = True
     values["rules"] = [*(_rule(text) for text in rules or ()), *values.get("rules", ())]
     return ConvertConfig.from_dict(values)
 

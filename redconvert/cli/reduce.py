@@ -32,6 +32,7 @@ from .options import (
     FrameStep,
     Input,
     Mean,
+    MixInputs,
     Model,
     More,
     NumFrames,
@@ -89,6 +90,7 @@ def reduce(
     config: ConfigFile = None,
     search_space: SearchSpace = None,
     absorb: Absorb = False,
+    mix_inputs: MixInputs = False,
     num_frames: NumFrames = None,
 ) -> None:
     """Make a network as cheap as its answers allow, without training, from unlabelled videos or images; save it.
@@ -97,7 +99,7 @@ def reduce(
     --config or --search-space says otherwise. With --measure the network becomes as fast as its answers allow: shares
     are of the dense network's time on this machine, both deployed.
     """
-    settings = read_config(config, rule, search_space, num_frames, model, absorb)
+    settings = read_config(config, rule, search_space, num_frames, model, absorb, mix_inputs)
     if config is None and search_space is None:
         settings = replace(settings, shares=SHARES, cheap=CHEAP, align=ALIGN if measure else settings.align)
     check_targets(out, plot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -250,7 +251,7 @@ def test_equal_at_birth_and_reverted():
 @pytest.mark.parametrize("importance", ["answers", "norms"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_calibrated_deployed_frozen_and_saved(dims, importance, tmp_path):
-    dynamic, model, x = networks(dims, temporal=False)
+    dynamic, model, x = networks(dims, temporal=dims == 3)
     table = redconvert.calibrate(dynamic, [x[::2], x[1::2]], importance=importance)
     assert [len(layer.input_explained) for layer in table.layers] == [0, 2, 2]
     assert all(1 > high > low > 0 for high, low in (layer.input_explained for layer in table.layers[1:]))
@@ -263,11 +264,11 @@ def test_calibrated_deployed_frozen_and_saved(dims, importance, tmp_path):
         wanted = dynamic(x)
         assert not torch.allclose(wanted, model(x), atol=1e-4) and torch.equal(again(x), wanted)
         torch.testing.assert_close(fast(x), wanted, atol=1e-5, rtol=1e-4)
-        for channel in (1, 2):
-            with redconvert.forced(dynamic, channel=channel, temporal=0):
+        for channel, temporal in itertools.product((1, 2), (0, 1) if dims == 3 else (0,)):
+            with redconvert.forced(dynamic, channel=channel, temporal=temporal):
                 wanted = dynamic(x)
                 torch.testing.assert_close(fast(x), wanted, atol=1e-5, rtol=1e-4)
-            frozen = redconvert.freeze(dynamic, (channel, 0))
+            frozen = redconvert.freeze(dynamic, (channel, temporal))
             torch.testing.assert_close(frozen(x), wanted, atol=1e-5, rtol=1e-4)
             exported = torch.export.export(frozen, (x,)).module()
             torch.testing.assert_close(exported(x), wanted, atol=1e-5, rtol=1e-4)
