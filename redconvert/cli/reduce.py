@@ -52,7 +52,7 @@ __all__ = ["reduce"]
 
 BUDGETS = "0.95,0.9,0.85,0.8,0.7,0.6"
 # Of the channels, where the options name no candidates: without training halves are too coarse.
-SHARES, CHEAP = (0.875, 0.75, 0.625, 0.5), "principal"
+CANDIDATES: dict[str, Any] = {"shares": (0.875, 0.75, 0.625, 0.5), "cheap": "principal", "mix_inputs": True}
 ALIGN = 16  # of budgets of time: kernels take so many channels at once, and fewer are no faster
 
 
@@ -95,13 +95,13 @@ def reduce(
 ) -> None:
     """Make a network as cheap as its answers allow, without training, from unlabelled videos or images; save it.
 
-    Layers compute all, 7/8, 3/4, 5/8 or half as many channels, as mixtures, and all or half of their frames, unless
-    --config or --search-space says otherwise. With --measure the network becomes as fast as its answers allow: shares
-    are of the dense network's time on this machine, both deployed.
+    Layers compute all, 7/8, 3/4, 5/8 or half as many channels, as mixtures, of as large a share of mixtures of their
+    input, and all or half of their frames, unless --config or --search-space says otherwise. With --measure the
+    network becomes as fast as its answers allow: shares are of the dense network's time on this machine, both deployed.
     """
     settings = read_config(config, rule, search_space, num_frames, model, absorb, mix_inputs)
     if config is None and search_space is None:
-        settings = replace(settings, shares=SHARES, cheap=CHEAP, align=ALIGN if measure else settings.align)
+        settings = replace(settings, **CANDIDATES, align=ALIGN if measure else settings.align)
     check_targets(out, plot)
     wanted = _shares(budgets) if budget is None else [check_share(budget, "--budget")]
     if agreement is not None and budget is not None:
