@@ -2,11 +2,11 @@
 
     python benchmarks/cascade.py --data FOLDER --plot cascade.png       # see benchmarks/cifar.py for the folder
 
-The network computes mixtures of filters and absorbs channels (3/4, half or a quarter), is calibrated on 1,000 training
-images without labels, and set to each of the budgets `--first`. Then `redconvert.cascade` chooses how unsure an answer
-must be for the dense network to be asked, for each of the budgets `--total`, on the last 1,000 test images without
-labels: of images that it was trained on the network is too sure. Right answers and costs are those of the first 4,000
-test images. JSON is written after every first budget; one that is in it already is not run again.
+The network computes mixtures of filters of mixtures of its inputs (7/8 to a quarter of both), is calibrated on 1,000
+training images without labels, and set to each of the budgets `--first`. Then `redconvert.cascade` chooses how unsure
+an answer must be for the dense network to be asked, for each of the budgets `--total`, on the last 1,000 test images
+without labels: of images that it was trained on the network is too sure. Right answers and costs are those of the
+first 4,000 test images. JSON is written after every first budget; one that is in it already is not run again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 import torch
-from cifar import ABSORBED, HELD_OUT, accuracy, asking_again, convert, images, resnet56
+from cifar import HELD_OUT, MIXED, accuracy, asking_again, convert, images, resnet56
 from common import RESULTS, environment, write
 from plots import cascades_against_macs
 
@@ -46,7 +46,7 @@ def main() -> None:
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"first": {}}
     result |= {"what": __doc__.split("\n")[0], "images": arguments.images, "test_images": arguments.test_images}
     result.setdefault("dense_accuracy", accuracy(model, *test))
-    dynamic = convert(model, **{**ABSORBED, "cheap": "principal"})
+    dynamic = convert(model, **MIXED)
     redconvert.calibrate(dynamic, batches)
     for first in arguments.first:
         if str(first) not in result["first"]:

@@ -112,10 +112,20 @@ def dynamic_from(network: nn.Module, x: Tensor, *, blend_frames: bool = False, *
                 if hasattr(op, "mix"):
                     op.mix.normal_(0, 0.3)
                     op.shift.normal_(0, 0.3)
+        if layer.mixed_in is not None:
+            layer.mixed_in.order.copy_(torch.randperm(layer.in_channels))
+            for op in layer.mixed_in.ops:
+                op.weight.normal_(0, 0.3)
+                op.lift.normal_(0, 0.3)
         if layer.cheap_t is not None and blend_frames:
             for parameter in layer.cheap_t.parameters():
                 parameter.normal_(0, 0.5)
     return dynamic
+
+
+# What candidates compute, and of what.
+CHEAP = {kind: {"cheap": kind} for kind in ("pointwise", "principal", "scale", "depthwise")}
+CHEAP["inputs mixed"] = {"cheap": "principal", "mix_inputs": True}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from deploy_networks import Image, Video, dynamic_from, undecided_gates
+from deploy_networks import CHEAP, Image, Video, dynamic_from, undecided_gates
 
 import redconvert
 from redconvert.deploy import gpu_passes
@@ -58,10 +58,10 @@ def test_clips(dtype, blend_frames, absorb):
         assert error(fast(x), dynamic(x)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("cheap", ["pointwise", "scale", "depthwise"])
+@pytest.mark.parametrize("cheap", CHEAP)
 def test_cheap_operations(cheap):
     for dtype in TYPES[:2]:
-        dynamic, x = on_gpu(Video, torch.randn(3, 3, 6, 18, 18), dtype, cheap=cheap)
+        dynamic, x = on_gpu(Video, torch.randn(3, 3, 6, 18, 18), dtype, **CHEAP[cheap])
         fast = redconvert.deploy(dynamic, check=False)
         for channel, temporal in DECISIONS.values():
             with redconvert.forced(fast, channel=channel, temporal=temporal), torch.no_grad():

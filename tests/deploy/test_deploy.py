@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from deploy_networks import Image, Undecided, Video, dynamic_from, undecided_gates
+from deploy_networks import CHEAP, Image, Undecided, Video, dynamic_from, undecided_gates
 from torch import Tensor, nn
 
 import redconvert
@@ -30,9 +30,9 @@ def clips() -> Tensor:
 
 
 @pytest.mark.parametrize("blend_frames", [False, True], ids=["copies", "blends"])
-@pytest.mark.parametrize("cheap", ["pointwise", "principal", "scale", "depthwise"])
+@pytest.mark.parametrize("cheap", CHEAP)
 def test_every_decision_of_a_video_network(clips, cheap, blend_frames):
-    dynamic = dynamic_from(Video(), clips, cheap=cheap, blend_frames=blend_frames, search_space=3)
+    dynamic = dynamic_from(Video(), clips, **CHEAP[cheap], blend_frames=blend_frames, search_space=3)
     fast = redconvert.deploy(dynamic, clips)
     assert fast.source == "fx"
     for channel in range(3):
@@ -84,11 +84,11 @@ def test_candidates_per_sample(clips):
         assert error(fast(clips), dynamic(clips)) < TIGHT
 
 
-@pytest.mark.parametrize("cheap", ["pointwise", "principal", "scale", "depthwise"])
+@pytest.mark.parametrize("cheap", CHEAP)
 def test_an_image_network(cheap):
     torch.manual_seed(0)
     x = torch.randn(4, 3, 18, 18)
-    dynamic = dynamic_from(Image(), x, cheap=cheap)
+    dynamic = dynamic_from(Image(), x, **CHEAP[cheap])
     fast = redconvert.deploy(dynamic, x)
     for channel in (0, 1, [0, 1, 1, 0]):
         with redconvert.forced(dynamic, channel=channel), torch.no_grad():

@@ -246,12 +246,14 @@ def test_parameters_and_macs_by_hand():
     assert flops.get_total_flops() // 2 == 2 * (6 * 4 * 30 * 4 * 27 + 5 * 6 * 4 * 30)  # two per MAC, two samples
 
 
-@pytest.mark.parametrize("cheap", ["pointwise", "principal", "depthwise", "scale", "auto"])
+@pytest.mark.parametrize("cheap", ["pointwise", "principal", "depthwise", "scale", "auto", "inputs mixed"])
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_macs_are_those_that_were_executed_without_the_gates(name, pair, cheap):
-    dynamic, x = NETWORKS[name](cheap=cheap)
+    mixed = cheap == "inputs mixed"
+    dynamic, x = NETWORKS[name](cheap="principal" if mixed else cheap, mix_inputs=mixed)
+    assert mixed == any(layer.mixed_in is not None for layer in dynamic_layers(dynamic).values())
     seen, (i, j) = [], pair
     with observed(dynamic, lambda *call: seen.append(call)), forced(dynamic, channel=i, temporal=j):
         dynamic(x)
