@@ -19,6 +19,7 @@ __all__ = ["AbsorbedMoments", "start_absorbed"]
 
 LARGEST = 3000  # predictors (channels times taps) up to which a regression on patches is worth its memory
 POSITIONS = (64, 512)  # of one sample's output that are read: at least, at most
+ROWS_ENOUGH = 32  # of all samples, for each predictor: with these, fewer of a sample do
 ROWS_PER_PREDICTOR = 1  # before fewer rows the start stands
 
 
@@ -58,16 +59,24 @@ class AbsorbedMoments(MendedLayer):
 
     Args:
         layer: the reader; ridge, norm: see `MendedLayer`.
+        samples: how many will come, which says how many positions of each are enough; 0: nobody knows.
         dense: whether `add_dense` will be called, or `mend`. Channels of the candidates are nested, and so are sums
             over patches of the dense network's: those of the largest candidate hold all others.
     """
 
     def __init__(
-        self, layer: DynamicConv, ridge: float, norm: nn.Module | None = None, *, dense: bool = False, seed: int = 0
+        self,
+        layer: DynamicConv,
+        ridge: float,
+        norm: nn.Module | None = None,
+        *,
+        samples: int = 0,
+        dense: bool = False,
+        seed: int = 0,
     ) -> None:
         assert layer.reads_from is not None
         super().__init__(layer, ridge, norm)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.expected, self.generator = samples, torch.Generator().manual_seed(seed)
         taps = layer.weight[0, 0].numel()
         sizes = {i: 1 + kept * taps for i, kept in enumerate(layer.reads_from.channels) if i}
         sizes = {i: size for i, size in sizes.items() if size <= LARGEST}
@@ -132,6 +141,7 @@ class AbsorbedMoments(MendedLayer):
         """How many: products of patches are to cost no more than the convolution."""
         total, size = y[0, 0].numel(), self.sums[index].shape[2]
         least, most = POSITIONS
+        least = min(least, -(-ROWS_ENOUGH * size // self.expected)) if self.expected else least
         return min(total, max(least, min(most, total * self.layer.out_channels // size)))
 
     @torch.no_grad()

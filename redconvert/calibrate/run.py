@@ -305,7 +305,9 @@ class _Run:
         None: for readers, of the dense network.
         """
         found: dict[DynamicConv, AbsorbedMoments | MixtureMoments] = {
-            reader: AbsorbedMoments(reader, self.ridge, self.norms[reader], dense=reduced is None)
+            reader: AbsorbedMoments(
+                reader, self.ridge, self.norms[reader], samples=self.passes.samples, dense=reduced is None
+            )
             for reader in self.readers.values()
         }
         if reduced is not None:
