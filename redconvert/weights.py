@@ -310,7 +310,8 @@ def check_values(model: nn.Module, found: Mapping[str, Tensor], where: str) -> N
                 f"it comes from a network that does not share them"
             )
     for key, value in found.items():
-        if key.endswith(("cheap_c.order", "mixed_in.order")) and value.dim() == 1:
+        is_order = key.endswith("cheap_c.order") or (key.endswith(".order") and "mixed_in.ops." in key)
+        if is_order and value.dim() == 1:
             if not torch.equal(value.sort().values.long(), torch.arange(len(value), device=value.device)):
                 raise RedconvertError(f"{where}: '{key}' is no order of channels: 0 to {len(value) - 1}, each once")
         elif key.endswith(".source") and "cheap_c.ops." in key and value.numel():

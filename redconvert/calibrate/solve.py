@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..layers import ChannelRebuild, FrameRebuild, InputMixtures
 from ..layers.cheap import CheapOp, Principal
-from .select import greedy_order
 from .statistics import ChannelMoments, FrameMoments
 
 __all__ = ["filter_metric", "solve_channels", "solve_frames", "solve_inputs", "solve_principal"]
@@ -67,11 +66,8 @@ def solve_inputs(mixed: InputMixtures, moments: Tensor, metric: Tensor) -> tuple
     Returns:
         By reduced candidate the share that it keeps of what the input channels do in that metric.
     """
-    order = greedy_order(moments, metric, steps=mixed.channels[1])
-    mixed.order.copy_(order)
-    in_order = [each[order][:, order] for each in (moments, metric)]
     ops = [mixed.op(index) for index in range(1, len(mixed.channels))]
-    return tuple(1.0 if op is None else float(1 - op.fit(*in_order)) for op in ops)
+    return tuple(1.0 if op is None else float(1 - op.fit(moments, metric)) for op in ops)
 
 
 @torch.no_grad()

@@ -112,14 +112,13 @@ def _channels_to_read(layer: DynamicConv, source: int) -> list[nn.Module]:
 
 def _mixing(layer: DynamicConv, channel: int) -> list[nn.Module]:
     """Mixtures of the input channels, where the candidate reads those."""
-    mixed = layer.mixed_in
-    op = None if mixed is None else mixed.op(channel)
-    if mixed is None or op is None:
+    op = None if layer.mixed_in is None else layer.mixed_in.op(channel)
+    if op is None:
         return []
     dims, (kept, dropped) = len(layer.stride), op.weight.shape
     conv = _conv_class(layer)(dropped, kept, 1, bias=False, device="meta")
     conv = _filled(conv, _parameter(op.weight.to(layer.weight.dtype)[(..., *(None,) * dims)], op.weight), None)
-    return [MixChannels(mixed.order[:kept], mixed.order[kept:], conv, dims)]
+    return [MixChannels(op.kept, op.dropped, conv, dims)]
 
 
 def _in_place(kept: Tensor) -> Tensor:

@@ -73,9 +73,9 @@ def reduce(unit: Unit, channel: int, source: int) -> Reduced:
     filter = absorbed_filter(unit.layer, unit.filter, source)
     weight, bias = rebuild.filters(channel, filter.weight, filter.bias)
     mixing, mixed = None, unit.layer.mixed_in
-    if mixed is not None and mixed.op(channel) is not None:
-        weight = mixed.filters(channel, weight)
-        matrix = mixed.matrix(channel).to(weight.dtype)[..., None, None, None]
+    mixture = None if mixed is None else mixed.op(channel)
+    if mixture is not None:
+        weight, matrix = mixture.filters(weight), mixture.matrix.to(weight.dtype)[..., None, None, None]
         mixing = unit.pack(Filter(matrix, None, (1, 1, 1), (0, 0, 0), (1, 1, 1), 1), f"mixing {channel}")
     filter = replace(
         filter,

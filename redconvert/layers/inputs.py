@@ -19,7 +19,7 @@ from .cheap import principal_factors
 from .gate import matching
 from .routing import select
 
-__all__ = ["InputMixture", "InputMixtures", "mixture_counts"]
+__all__ = ["InputMixture", "InputMixtures", "interpolative", "mixture_counts"]
 
 LEAST_INPUTS = 8  # of fewer channels (pixels, most of all) each tells what the others do not
 
@@ -38,46 +38,99 @@ def mixture_counts(conv: Any, channels: Sequence[int], align: int) -> tuple[int,
 
 
 class InputMixture(nn.Module):
-    """Of one candidate: r mixtures ``x_k + B x_d``, x_k being the first r of the C channels in order, x_d the others.
+    """Of one candidate: r mixtures ``x_k + B x_d``; x_k are the first r of the C channels in ``order``, x_d the others.
 
     ``weight`` is B, ``(r, C - r)``, which learns. ``lift`` A, ``(C, r)``, leads back: the candidate convolves with
     ``W A``, so that it sees ``A (x_k + B x_d)`` instead of x. It is a buffer: where weights are trained, these follow.
     """
 
     lift: Tensor
+    order: Tensor
 
     def __init__(self, kept: int, dropped: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(kept, dropped))
         self.register_buffer("lift", torch.eye(kept + dropped, kept))
+        self.register_buffer("order", torch.arange(kept + dropped))
 
-    def forward(self, kept: Tensor, dropped: Tensor) -> Tensor:
-        convolve = F.conv3d if kept.dim() == 5 else F.conv2d
-        weight = matching(self.weight, kept).reshape(*self.weight.shape, *(1,) * (kept.dim() - 2))
-        return kept + convolve(dropped, weight)
+    @property
+    def kept(self) -> Tensor:
+        """Indices of the channels x_k."""
+        return self.order[: len(self.weight)]
+
+    @property
+    def dropped(self) -> Tensor:
+        """Indices of the channels x_d."""
+        return self.order[len(self.weight) :]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, ...) -> (N, r, ...)``."""
+        convolve = F.conv3d if x.dim() == 5 else F.conv2d
+        weight = matching(self.weight, x).reshape(*self.weight.shape, *(1,) * (x.dim() - 2))
+        return select(x, 1, self.kept) + convolve(select(x, 1, self.dropped), weight)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """``A (x_k + B x_d)``, ``(N, C, ...)``: the input as the candidate's filters see it."""
+        lifted = torch.matmul(matching(self.lift, x), self(x).flatten(2))
+        return select(lifted, 1, self.order.argsort()).unflatten(2, x.shape[2:])
+
+    def filters(self, weight: Tensor) -> Tensor:
+        """``W A``, ``(C_out, r, ...)``, of filters ``(C_out, C, ...)``."""
+        ranks = weight.index_select(1, self.order).flatten(2)
+        return (matching(self.lift, weight).T @ ranks).unflatten(2, weight.shape[2:])
+
+    @property
+    def matrix(self) -> Tensor:
+        """``[1, B]`` with its columns in the channels' own order, ``(r, C)``."""
+        eye = torch.eye(len(self.weight), dtype=self.weight.dtype, device=self.weight.device)
+        return torch.cat([eye, self.weight.detach()], dim=1)[:, self.order.argsort()]
 
     @torch.no_grad()
     def fit(self, moments: Tensor, metric: Tensor) -> Tensor:
         """Keep the r principal components in the metric M, so that ``tr(M (1 - P) S (1 - P)^T)`` is least.
 
-        P is ``A [1, B]``. Moments are not centred: what pads the borders of a clip is 0, not the mean.
+        P is ``A [1, B]``. Moments are not centred: what pads the borders of a clip is 0, not the mean. Any r channels
+        that are independent could be x_k; those of `interpolative` keep B small.
 
         Args:
-            moments: ``S = E[x x^T]``, ``(C, C)``; metric: what errors cost, ``(C, C)``; both in order, float64.
+            moments: ``S = E[x x^T]``, ``(C, C)``; metric: what errors cost, ``(C, C)``; both float64.
 
         Returns:
             The share of the metric's error that is left.
         """
         kept = len(self.weight)
         back, forth = principal_factors(moments, metric, kept)
-        driver = "gelsd" if back.device.type == "cpu" else None  # those r channels may be nearly dependent
-        mixed = torch.linalg.lstsq(forth[:, :kept], forth[:, kept:], driver=driver).solution
-        lift = back @ forth[:, :kept]
+        order, mixed = interpolative(forth)
+        lift = back[order] @ forth[:, order[:kept]]
+        self.order.copy_(order)
         self.weight.copy_(mixed)
         self.lift.copy_(lift)
         rest = torch.eye(len(lift), dtype=lift.dtype, device=lift.device)
         rest -= lift @ torch.cat([rest[:kept, :kept], mixed], dim=1)
+        moments, metric = (each[order][:, order] for each in (moments, metric))
         return (metric * (rest @ moments @ rest.T)).sum() / (metric * moments).sum().clamp_min(1e-300)
+
+
+def interpolative(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The interpolative decomposition ``rows = rows_k [1, B]`` of ``(r, C)``, of rank r, by r of its own columns.
+
+    Of an orthonormal basis of the rows each next column is the longest of what those before leave: entries of B then
+    stay about 1, where other columns, as good in theory, make everything of small differences of large numbers.
+
+    Returns:
+        The order of the columns, those r first, ``(C)``, and B, ``(r, C - r)``.
+    """
+    basis = torch.linalg.qr(rows.T).Q.T
+    rest, free = basis.clone(), torch.ones(basis.shape[1], dtype=torch.bool, device=rows.device)
+    chosen: list[int] = []
+    for _ in range(len(basis)):
+        pivot = int(torch.where(free, rest.square().sum(0), -1.0).argmax())
+        free[pivot] = False
+        chosen.append(pivot)
+        column = rest[:, pivot] / rest[:, pivot].norm().clamp_min(torch.finfo(rest.dtype).tiny)
+        rest -= torch.outer(column, column @ rest)
+    kept, others = torch.tensor(chosen, device=rows.device), free.nonzero().flatten()
+    return torch.cat([kept, others]), torch.linalg.solve(basis[:, kept], basis[:, others])
 
 
 class InputMixtures(nn.Module):
@@ -87,14 +140,11 @@ class InputMixtures(nn.Module):
         channels: how many each candidate reads, all C_in for the first (see `mixture_counts`).
     """
 
-    order: Tensor
-
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         self.channels = tuple(channels)
         total = self.channels[0]
         self.ops = nn.ModuleList(InputMixture(kept, total - kept) for kept in self.channels[1:])
-        self.register_buffer("order", torch.arange(total))
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
@@ -110,27 +160,15 @@ class InputMixtures(nn.Module):
 
     def read(self, index: int, x: Tensor) -> Tensor:
         """What candidate ``index`` reads of ``x (N, C_in, ...)``: ``(N, r, ...)``."""
-        op, kept = self.op(index), self.channels[index]
-        return x if op is None else op(select(x, 1, self.order[:kept]), select(x, 1, self.order[kept:]))
+        op = self.op(index)
+        return x if op is None else op(x)
 
     def seen(self, index: int, x: Tensor) -> Tensor:
-        """``A (x_k + B x_d)``: the input ``(N, C_in, ...)`` as the candidate's filters see it."""
+        """The input ``(N, C_in, ...)`` as the filters of candidate ``index`` see it."""
         op = self.op(index)
-        if op is None:
-            return x
-        lifted = torch.matmul(matching(op.lift, x), self.read(index, x).flatten(2))
-        return select(lifted, 1, self.order.argsort()).unflatten(2, x.shape[2:])
+        return x if op is None else op.seen(x)
 
     def filters(self, index: int, weight: Tensor) -> Tensor:
-        """``W A``, ``(C_out, r, ...)``, of filters ``(C_out, C_in, ...)``."""
+        """What candidate ``index`` convolves its mixtures with, of filters ``(C_out, C_in, ...)``."""
         op = self.op(index)
-        if op is None:
-            return weight
-        ranks = weight.index_select(1, self.order).flatten(2)
-        return (matching(op.lift, weight).T @ ranks).unflatten(2, weight.shape[2:])
-
-    def matrix(self, index: int) -> Tensor:
-        """``[1, B]`` with its columns in the channels' own order, ``(r, C_in)``; only where it mixes."""
-        op, kept = cast(InputMixture, self.op(index)), self.channels[index]
-        eye = torch.eye(kept, dtype=op.weight.dtype, device=op.weight.device)
-        return torch.cat([eye, op.weight.detach()], dim=1)[:, self.order.argsort()]
+        return weight if op is None else op.filters(weight)

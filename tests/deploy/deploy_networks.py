@@ -113,8 +113,8 @@ def dynamic_from(network: nn.Module, x: Tensor, *, blend_frames: bool = False, *
                     op.mix.normal_(0, 0.3)
                     op.shift.normal_(0, 0.3)
         if layer.mixed_in is not None:
-            layer.mixed_in.order.copy_(torch.randperm(layer.in_channels))
             for op in layer.mixed_in.ops:
+                op.order.copy_(torch.randperm(layer.in_channels))
                 op.weight.normal_(0, 0.3)
                 op.lift.normal_(0, 0.3)
         if layer.cheap_t is not None and blend_frames:
