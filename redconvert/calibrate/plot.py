@@ -11,12 +11,13 @@ from .run import CalibratedLayer, Calibration
 
 __all__ = ["plot_explained"]
 
+TITLES = {"channels": "of the dropped channels", "inputs": "of the mixed inputs", "frames": "of the skipped frames"}
 COLOURS = ("#2f6fb3", "#e08a1e", "#6a9a3b", "#8c5aa8")  # one per reduced candidate, the largest first
 ROW, MARGIN, WIDTH = 0.2, 1.3, 4.2  # inches: of a layer, above and below all layers, of an axis
 
 
 def plot_explained(calibration: Calibration, path: str | os.PathLike[str]) -> None:
-    """Draw a bar per layer and reduced candidate, layers from top to bottom, channels left and frames right.
+    """Draw a bar per layer and reduced candidate, layers from top to bottom: of channels, of mixed inputs, of frames.
 
     Args:
         calibration: what `redconvert.calibrate` returned.
@@ -27,7 +28,7 @@ def plot_explained(calibration: Calibration, path: str | os.PathLike[str]) -> No
     """
     figures = require("matplotlib.figure", extra="plot", purpose="Drawing what a calibration explains")
     layers = calibration.layers
-    axes = [axis for axis in ("channels", "frames") if any(_shares(layer, axis) for layer in layers)]
+    axes = [axis for axis in TITLES if any(_shares(layer, axis) for layer in layers)]
     # No pyplot: it would keep the figure, and choose a window where there is one.
     figure = figures.Figure(
         figsize=(2.2 + WIDTH * len(axes), MARGIN + max(1.0, ROW * len(layers))), layout="constrained"
@@ -56,7 +57,7 @@ def _draw(plot: Any, layers: tuple[CalibratedLayer, ...], axis: str, names: bool
     plot.set_ylim(len(layers) - 0.4, -0.6)
     plot.set_xlim(0, 1)
     plot.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"], fontsize=7)
-    plot.set_title(f"of the {'dropped' if axis == 'channels' else 'skipped'} {axis}", fontsize=8)
+    plot.set_title(TITLES[axis], fontsize=8)
     plot.tick_params(axis="y", length=0)
     plot.grid(axis="x", linewidth=0.4, color="#cccccc")
     plot.set_axisbelow(True)
@@ -65,7 +66,7 @@ def _draw(plot: Any, layers: tuple[CalibratedLayer, ...], axis: str, names: bool
 
 def _label(layers: tuple[CalibratedLayer, ...], axis: str, index: int) -> str:
     """What a reduced candidate computes: 1/2, 1/4, ..., or the percentage of the config's own shares."""
-    if axis == "channels":
+    if axis != "frames":
         widest = max(
             (layer for layer in layers if len(_shares(layer, axis)) > index), key=lambda each: each.channels[0]
         )
@@ -76,4 +77,5 @@ def _label(layers: tuple[CalibratedLayer, ...], axis: str, index: int) -> str:
 
 
 def _shares(layer: CalibratedLayer, axis: str) -> tuple[float | None, ...]:
-    return layer.channel_explained if axis == "channels" else layer.temporal_explained
+    by_axis = (layer.channel_explained, layer.input_explained, layer.temporal_explained)
+    return dict(zip(TITLES, by_axis, strict=True))[axis]

@@ -52,14 +52,17 @@ class Calibration:
 
     def __str__(self) -> str:
         width = max(len(layer.name) for layer in self.layers)
-        lines = [f"{'layer':<{width}}  {'channels':>16}  explained        {'frames':>10}  explained"]
+        mixes = any(layer.input_explained for layer in self.layers)
+        header = f"{'layer':<{width}}  {'channels':>16}  explained        {'frames':>10}  explained"
+        lines = [header + "        of inputs" * mixes]
         for layer in self.layers:
             channels = "/".join(map(str, layer.channels)) if layer.channel_explained else "-"
             frames = "/".join(map(str, layer.frame_strides)) if layer.temporal_explained else "-"
-            by_channel, by_frame = (
+            by_channel, by_frame, by_input = (
                 " ".join("     -" if share is None else f"{share:6.1%}" for share in shares)
-                for shares in (layer.channel_explained, layer.temporal_explained)
+                for shares in (layer.channel_explained, layer.temporal_explained, layer.input_explained)
             )
-            lines.append(f"{layer.name:<{width}}  {channels:>16}  {by_channel:<15}  {frames:>10}  {by_frame}".rstrip())
+            line = f"{layer.name:<{width}}  {channels:>16}  {by_channel:<15}  {frames:>10}  {by_frame:<15}  {by_input}"
+            lines.append(line.rstrip())
         lines.append(f"{self.samples} samples, {self.rounds} rounds, {self.seconds:.1f} s")
         return "\n".join(lines)

@@ -81,11 +81,13 @@ def _time_and_savings(times: CandidateTimes | None) -> tuple[str, str]:
 
 def calibration_table(calibration: Calibration, title: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
-    for header in ("layer", "channels", "explained", "frames", "explained"):
+    mixes = any(layer.input_explained for layer in calibration.layers)
+    for header in ("layer", "channels", "explained", *(["of inputs"] if mixes else []), "frames", "explained"):
         table.add_column(header, justify="left" if header == "layer" else "right", overflow="fold")
     for layer in calibration.layers:
         row = [layer.name]
         row += _explained(layer.channels, layer.channel_explained)
+        row += [_explained(layer.channels, layer.input_explained)[1]] if mixes else []
         row += _explained(layer.frame_strides, layer.temporal_explained)
         table.add_row(*row)
     return table

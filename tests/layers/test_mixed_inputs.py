@@ -258,6 +258,11 @@ def test_calibrated_deployed_frozen_and_saved(dims, importance, tmp_path):
     dynamic, model, x = networks(dims, temporal=dims == 3)
     table = redconvert.calibrate(dynamic, [x[::2], x[1::2]], importance=importance)
     assert [len(layer.input_explained) for layer in table.layers] == [0, 2, 2]
+    shown = [" ".join(f"{share:6.1%}" for share in layer.input_explained) for layer in table.layers]
+    lines = str(table).splitlines()
+    assert lines[0].endswith("of inputs") and all(
+        line.endswith(share) for line, share in zip(lines[1:4], shown, strict=True)
+    )
     assert all(1 > high > low > 0 for high, low in (layer.input_explained for layer in table.layers[1:]))
     redconvert.set_budget(dynamic, 0.6, [x])
     redconvert.calibrate(dynamic, [x], decisions="gates")
