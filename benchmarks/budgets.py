@@ -5,8 +5,9 @@
 Full, half or a quarter of the channels of every 3x3 convolution, calibrated on 1,000 training images without labels.
 For each budget: right answers on the first 2,000 test images after the budget, and after one more round of calibration
 under it, and what the test images cost. "absorbed", "principal" and "both" are by layers, too, with ``absorb=True``,
-``cheap="principal"`` and with both, 3/4, half or a quarter of the channels, and all images for the second calibration.
-JSON is written after every row; a row that is in it already is not run again.
+``cheap="principal"`` and with both, 3/4, half or a quarter of the channels, and all images for the second calibration;
+"mixed" is "principal" with mixtures of inputs, in eighths. JSON is written after every row; a row that is in it already
+is not run again.
 """
 
 from __future__ import annotations
@@ -18,13 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import ABSORBED, accuracy, convert, images, resnet56
+from cifar import ABSORBED, MIXED, accuracy, convert, images, resnet56
 from common import RESULTS, environment, write
 from torch import Tensor, nn
 
 import redconvert
 from redconvert.budget import calibrate_gates
 from redconvert.evaluate import spread_of_macs
+
+HALVES = {"cheap": "pointwise", "search_space": 3}
+BY_LAYERS = {
+    "absorbed": ABSORBED,
+    "principal": {"cheap": "principal", "shares": ABSORBED["shares"]},
+    "both": {**ABSORBED, "cheap": "principal"},
+    "mixed": MIXED,
+}
 
 
 def main() -> None:
@@ -45,36 +54,28 @@ def main() -> None:
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
     result |= {"what": __doc__.split("\n")[0], "images": arguments.images, "test_images": arguments.test_images}
     result.setdefault("dense_accuracy", accuracy(model, *test))
-    layers = convert(model, cheap="pointwise", search_space=3)
-    redconvert.calibrate(layers, batches)
-    inputs = copy.deepcopy(layers)
-    calibrate_gates(inputs, batches)
-    absorbed = convert(model, **ABSORBED)
-    redconvert.calibrate(absorbed, batches)
-    principal = convert(model, cheap="principal", shares=ABSORBED["shares"])
-    redconvert.calibrate(principal, batches)
-    networks = {"layers": (layers, "layers"), "inputs": (inputs, "gates"), "absorbed": (absorbed, "layers")}
-    networks["principal"] = principal, "layers"
-    both = convert(model, **{**ABSORBED, "cheap": "principal"})
-    redconvert.calibrate(both, batches)
-    networks["both"] = both, "layers"
-    for budget in arguments.budgets:
-        for name, (network, by) in networks.items():
-            key = f"{name} {budget:g}"
-            if key not in result["rows"]:
-                result["rows"][key] = row = run(
-                    copy.deepcopy(network), budget, by, batches, test, name in ("absorbed", "principal", "both")
-                )
-                write(result | environment(arguments.seed), arguments.out)
-                print(key, json.dumps(row), flush=True)
+    for name in ("layers", "inputs", *BY_LAYERS):
+        left = [budget for budget in arguments.budgets if f"{name} {budget:g}" not in result["rows"]]
+        if not left:
+            continue
+        network = convert(model, **BY_LAYERS.get(name, HALVES))
+        redconvert.calibrate(network, batches)
+        if name == "inputs":
+            calibrate_gates(network, batches)
+        for budget in left:
+            row = run(copy.deepcopy(network), budget, name, batches, test)
+            result["rows"][f"{name} {budget:g}"] = row
+            write(result | environment(arguments.seed), arguments.out)
+            print(name, budget, json.dumps(row), flush=True)
 
 
 def run(
-    dynamic: nn.Module, budget: float, by: Any, batches: list[Tensor], test: tuple[Tensor, ...], matched: bool
+    dynamic: nn.Module, budget: float, name: str, batches: list[Tensor], test: tuple[Tensor, ...]
 ) -> dict[str, float]:
+    by: Any = "gates" if name == "inputs" else "layers"
     redconvert.set_budget(dynamic, budget, batches[: 2 if by == "layers" else 1], by=by)
     row = {"before_recalibration": accuracy(dynamic, *test)}
-    if matched:
+    if name in BY_LAYERS:
         redconvert.calibrate(dynamic, batches, decisions="gates")
     else:
         redconvert.calibrate(dynamic, batches[:3], rounds=1, decisions="gates")

@@ -11,6 +11,7 @@ LABELS = {
     "principal": "principal components",
     "principal, sixteenths": "the same, twelve candidates",
     "principal, all layers": "the same, all layers",
+    "mixed inputs, all layers": "mixtures of inputs, too",
 }
 MARKERS = {"dense": "s", "half": "v", "dynamic": "o", "depgraph": "x", "magnitude": "+"}
 
@@ -50,9 +51,8 @@ def agreement_against_macs(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
-    for (name, curve), color in zip(
-        result["curves"].items(), ("#2f6fb3", "#c4572e", "#3a8f4d", "#8f6bb3", "#b8922f"), strict=False
-    ):
+    colors = ("#2f6fb3", "#c4572e", "#3a8f4d", "#8f6bb3", "#b8922f", "#1f2a44")
+    for (name, curve), color in zip(result["curves"].items(), colors, strict=False):
         points = [(100 * point["share"], 100 * point["agreement"]) for point in curve["points"]]
         axes.plot(*zip((100, 100), *points, strict=True), marker="o", color=color, label=LABELS.get(name, name))
     axes.axhline(95, color="gray", linestyle=":", linewidth=1)
