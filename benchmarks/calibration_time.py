@@ -4,7 +4,8 @@
 
 A calibration is a few passes over the batches, forward and backward, and reduced beside dense, and what is
 collected and solved for meanwhile. Time in the network's own layers is told apart from the rest, which is also given
-in passes of the dense network over the same batches. Clips: ``$REDCONVERT_DATA``, or ``../shared/data``.
+in passes of the dense network over the same batches. Rows say on how many threads: run it with OMP_NUM_THREADS=1 and
+with as many as there are cores. Clips: ``$REDCONVERT_DATA``, or ``../shared/data``.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def resnet_rows(folder: Path, seed: int) -> Iterator[tuple[str, Callable[[], dic
         "pointwise": {"cheap": "pointwise"},
         "principal": {"cheap": "principal"},
         "absorbed": {"cheap": "pointwise", "absorb": True},
+        "mixed inputs": {"cheap": "principal", "mix_inputs": True},
     }.items():
         yield f"ResNet-56, {name}", lambda options=options: measure(base, convert(base, **options), batches, 0)
     yield "ResNet-56, principal, 1 round", lambda: measure(base, convert(base, cheap="principal"), batches, 1)
@@ -127,7 +129,8 @@ def main() -> None:
         rows += resnet_rows(arguments.cifar, arguments.seed)
     if "i3d" in arguments.networks:
         rows += i3d_rows()
-    for name, run in rows:
+    threads = torch.get_num_threads()
+    for name, run in ((f"{name}, {threads} thread{'s' * (threads > 1)}", run) for name, run in rows):
         if name not in result["rows"]:
             result["rows"][name] = run()
             write(result | environment(arguments.seed), arguments.out)

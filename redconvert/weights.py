@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from .errors import RedconvertError
 from .layers import DynamicConv
+from .layers.base import ADDED_MODULES
 
 __all__ = ["load_weights", "read_file", "read_state_dict"]
 
 # Where training loops put the state dict among their other things.
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "module")
 WRAPPED_AT_MOST = 4  # {"model": {"state_dict": ...}} is common; a dict that holds itself has no end
-ADDED_PARTS = ("gate", "cheap_c", "cheap_t", "mixed_in")  # what conversion adds to a convolution
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began its files before 1.6
 LEGACY_PICKLES = 4  # the magic number, a version, the system, the object; then raw numbers
@@ -212,7 +212,7 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 
 def added_prefixes(layers: Iterable[str]) -> tuple[str, ...]:
     """How the keys begin that conversion adds to these layers (for `str.startswith`); "" is the network itself."""
-    return tuple(f"{layer}.{part}.".removeprefix(".") for layer in layers for part in ADDED_PARTS)
+    return tuple(f"{layer}.{part}.".removeprefix(".") for layer in layers for part in ADDED_MODULES)
 
 
 # -- loading -------------------------------------------------------------------------------------------

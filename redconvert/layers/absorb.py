@@ -104,6 +104,12 @@ class Absorbed(nn.Module):
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
 
+    @torch.no_grad()
+    def start(self) -> None:
+        """As at birth."""
+        for parameter in self.parameters():
+            parameter.zero_()
+
     def filter(self, index: int, weight: Tensor, bias: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor]:
         """W_i and b_i from the reader's weight ``(C_out, C_in, ...)`` and bias."""
         correction, shift = (matching(each[index - 1], weight) for each in (self.weights, self.biases))

@@ -143,10 +143,13 @@ class DynamicConv(nn.Module):
 
     @torch.no_grad()
     def start_cheap(self) -> None:
-        """Begin Phi_c again from the convolution's weights, where they are numbers."""
+        """Begin Phi_c again from the convolution's weights, where they are numbers, and what it reads as at birth."""
         weight = self.recipe.weight(self)
         if self.cheap_c is not None and not weight.is_meta and torch.isfinite(weight).all():
             self.cheap_c.start_from_weights(weight, self.bias)
+        for part in (self.cheap_in, self.mixed_in):
+            if part is not None:
+                part.start()
 
     @staticmethod
     def plan_candidates(conv: nn.Module, config: LayerConfig, num_frames: int | None) -> Candidates:

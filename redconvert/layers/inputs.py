@@ -8,7 +8,7 @@ s^2 of the convolution (a Tucker-2 decomposition, whose two small factors are li
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -148,6 +148,14 @@ class InputMixtures(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """As at birth: each candidate reads the first channels, and does without the others."""
+        for op in cast(Iterable[InputMixture], self.ops):
+            op.weight.zero_()
+            op.lift.zero_().fill_diagonal_(1)
+            op.order.copy_(torch.arange(len(op.order)))
 
     def op(self, index: int) -> InputMixture | None:
         """Of reduced candidate ``index``; None where it reads all channels."""

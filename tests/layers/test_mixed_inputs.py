@@ -252,6 +252,27 @@ def test_equal_at_birth_and_reverted():
     assert list(reverted.state_dict()) == list(model.state_dict()) and type(reverted.b) is nn.Conv3d
 
 
+@pytest.mark.parametrize("config", [{}, {"absorb": True}])
+def test_weights_of_the_original_start_it_again(config):
+    """And those of the converted network load into the original."""
+    dynamic, model, x = networks(2, temporal=False, **config)
+    birth = copy.deepcopy(dynamic.state_dict())
+    redconvert.calibrate(dynamic, [x])
+    part = dynamic.c.cheap_in if config else dynamic.b.mixed_in
+    assert any(value.any() for value in part.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+        redconvert.load_weights(dynamic, model.state_dict())
+        assert torch.equal(dynamic(x), model(x)) and not any(value.any() for value in part.parameters())
+        prefix = "c.cheap_in." if config else "b.mixed_in."
+        kept = {key: value for key, value in dynamic.state_dict().items() if key.startswith(prefix)}
+        assert kept and all(torch.equal(value, birth[key]) for key, value in kept.items())
+        other = Net(2).eval()
+        redconvert.load_weights(other, dynamic.state_dict())
+        assert torch.equal(other(x), model(x))
+
+
 @pytest.mark.parametrize("importance", ["answers", "norms"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_calibrated_deployed_frozen_and_saved(dims, importance, tmp_path):
