@@ -52,7 +52,7 @@ __all__ = ["reduce"]
 
 BUDGETS = "0.95,0.9,0.85,0.8,0.7,0.6"
 # Of the channels, where the options name no candidates: without training halves are too coarse.
-CANDIDATES: dict[str, Any] = {"shares": (0.875, 0.75, 0.625, 0.5), "cheap": "principal", "mix_inputs": True}
+CANDIDATES: dict[str, Any] = {"shares": (0.875, 0.75, 0.625, 0.5), "cheap": "principal"}
 ALIGN = 16  # of budgets of time: kernels take so many channels at once, and fewer are no faster
 
 
@@ -95,9 +95,10 @@ def reduce(
 ) -> None:
     """Make a network as cheap as its answers allow, without training, from unlabelled videos or images; save it.
 
-    Layers compute all, 7/8, 3/4, 5/8 or half as many channels, as mixtures, of as large a share of mixtures of their
-    input, and all or half of their frames, unless --config or --search-space says otherwise. With --measure the
-    network becomes as fast as its answers allow: shares are of the dense network's time on this machine, both deployed.
+    Layers compute all, 7/8, 3/4, 5/8 or half as many channels, as mixtures, and all or half of their frames, unless
+    --config or --search-space says otherwise. With --mix-inputs they read mixtures, too, which keeps more answers for
+    the same MACs, but takes more time. With --measure the network becomes as fast as its answers allow: shares are of
+    the dense network's time on this machine, both deployed.
     """
     settings = read_config(config, rule, search_space, num_frames, model, absorb, mix_inputs)
     if config is None and search_space is None:
