@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from cifar import accuracy, asking_again, images, resnet56
-from cifar_resnet56 import FEATURES, TOTALS, Setting, absorbed, dynamic, measure, over_seeds, spread, summary
+from cifar_resnet56 import FEATURES, TOTALS, Setting, budgeted, dynamic, measure, over_seeds, spread, summary
 from cifar_resnet56 import ROWS as STARTS
 from common import RESULTS, environment, write
 from side_by_side import Batches, Runner, side_by_side, timed, trial
@@ -38,8 +38,8 @@ PREPARED = {
     "dense": STARTS["dense"],
     "depgraph 0.5": STARTS["depgraph 0.5"],
     "depgraph 0.4": STARTS["depgraph 0.4"],
-    "absorbed 0.5": lambda setting: absorbed(setting, 0.5),
-    "absorbed 0.4": lambda setting: absorbed(setting, 0.4),
+    "absorbed 0.5": lambda setting: budgeted(setting, 0.5),
+    "absorbed 0.4": lambda setting: budgeted(setting, 0.4),
     "principal 0.5": lambda setting: dynamic(setting, 0.5, **MIXTURES),
     "rebuilt 0.5": lambda setting: dynamic(setting, 0.5),
 }

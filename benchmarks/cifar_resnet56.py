@@ -93,7 +93,7 @@ def dynamic(setting: Setting, target: float, gate: str = "hard", **config: Any) 
     return Candidate(network, target=target, asks=True)
 
 
-def absorbed(
+def budgeted(
     setting: Setting,
     target: float,
     features: float = 0.0,
@@ -123,14 +123,14 @@ ROWS: dict[str, Callable[[Setting], Candidate]] = {
     "dynamic hard 0.5": partial(dynamic, target=0.5),
     "dynamic hard 0.4": partial(dynamic, target=0.4),
     "dynamic soft 0.5": partial(dynamic, target=0.5, gate="soft"),
-    "dynamic absorbed 0.5": partial(absorbed, target=0.5),
-    "dynamic absorbed 0.4": partial(absorbed, target=0.4),
-    "dynamic absorbed 0.35": partial(absorbed, target=0.35),
-    "dynamic absorbed, from 0.5, Eq. 6": partial(absorbed, target=0.5, efficiency=PAPERS_WEIGHT),
-    "dynamic absorbed, features 0.5": partial(absorbed, target=0.5, features=FEATURES),
-    "dynamic absorbed, features 0.4": partial(absorbed, target=0.4, features=FEATURES),
-    "dynamic mixed, features 0.5": partial(absorbed, target=0.5, features=FEATURES, config=MIXED),
-    "dynamic mixed, features 0.4": partial(absorbed, target=0.4, features=FEATURES, config=MIXED),
+    "dynamic absorbed 0.5": partial(budgeted, target=0.5),
+    "dynamic absorbed 0.4": partial(budgeted, target=0.4),
+    "dynamic absorbed 0.35": partial(budgeted, target=0.35),
+    "dynamic absorbed, from 0.5, Eq. 6": partial(budgeted, target=0.5, efficiency=PAPERS_WEIGHT),
+    "dynamic absorbed, features 0.5": partial(budgeted, target=0.5, features=FEATURES),
+    "dynamic absorbed, features 0.4": partial(budgeted, target=0.4, features=FEATURES),
+    "dynamic mixed, features 0.5": partial(budgeted, target=0.5, features=FEATURES, config=MIXED),
+    "dynamic mixed, features 0.4": partial(budgeted, target=0.4, features=FEATURES, config=MIXED),
     "depgraph 0.5": partial(pruned, share=0.5, method="depgraph"),
     "depgraph_uniform 0.5": partial(pruned, share=0.5, method="depgraph_uniform"),
     "magnitude 0.5": partial(pruned, share=0.5, method="magnitude"),

@@ -6,7 +6,8 @@
 All forms of one network, batch and dtype run in turn in one process of their own, which gets the allocator settings
 of CONTRIBUTING.md; stop other work meanwhile. Rows: PyTorch eager, channels-last, folded, compiled with freezing,
 OpenVINO, and the deployed network, dense and with channels, frames or both at half; in batches of 8 also mixed.
-"Absorbed" is a network converted with ``absorb=True``. Batches of one also have rows of a network converted with
+"Absorbed" is a network converted with ``absorb=True``, "inputs mixed" one with mixtures of filters and of inputs, 11/16
+of both. Batches of one also have rows of a network converted with
 ``measure=True``, of one whose skipped frames are blended from both neighbours instead of copied (what calibration
 sets), and Torch-Pruning's networks (of R(2+1)D and ResNet-50, as near as they come to the MACs of "channels" and of
 "channels and frames", absorbed or not, compiled). With --compile-dynamic they also have the dynamic network in

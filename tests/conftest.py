@@ -52,6 +52,35 @@ def kinetics_weights() -> Path:
 
 
 @pytest.fixture
+def same_everywhere(tmp_path: Path):
+    """Check a reduced network: loaded from its file, deployed, and under each policy forced, deployed and frozen.
+
+    Returns what it froze, with the results that are wanted of each.
+    """
+    import redconvert
+
+    @torch.no_grad()
+    def check(dynamic, model, x, policies):
+        close = {"atol": 1e-5, "rtol": 1e-4}
+        redconvert.save_pretrained(dynamic, tmp_path)
+        again = redconvert.from_pretrained(model, tmp_path).eval()
+        fast, found = redconvert.deploy(dynamic, x), []
+        wanted = dynamic(x)
+        assert not torch.allclose(wanted, model(x), atol=1e-4) and torch.equal(again(x), wanted)
+        torch.testing.assert_close(fast(x), wanted, **close)
+        for channel, temporal in policies:
+            with redconvert.forced(dynamic, channel=channel, temporal=temporal):
+                wanted = dynamic(x)
+                torch.testing.assert_close(fast(x), wanted, **close)
+            frozen = redconvert.freeze(dynamic, (channel, temporal))
+            torch.testing.assert_close(frozen(x), wanted, **close)
+            found.append((frozen, wanted))
+        return found
+
+    return check
+
+
+@pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Run redconvert-cli in a folder with the networks and files of cli_files.py: its code, stdout and stderr."""
     from cli_files import fill

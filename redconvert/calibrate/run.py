@@ -159,9 +159,9 @@ class _Run:
         shortcuts = {layer: facts[name].shortcut if name in facts else None for name, layer in layers.items()}
         changing = [*self.readers.values(), *self.mixing]
         self.shortcuts = {layer: modules.get(shortcuts[layer] or "") for layer in changing}
+        self.kept: dict[DynamicConv, tuple[float, ...]] = {}  # by mixtures of inputs, as `solve_inputs` says
         # What a unit of variance of each channel is worth behind the norm that follows: weight^2 / variance.
         # Summed, since running statistics drift apart in data-parallel training, and the choice must be the same.
-        self.kept: dict[DynamicConv, tuple[float, ...]] = {}
         self.importance = {
             layer: sum_over_processes(norm_slope(layer, norm).square()) for layer, norm in self.norms.items()
         }

@@ -153,7 +153,7 @@ def mixed(layer: DynamicConv, x: Tensor, weights: GateWeights) -> Tensor:
     y = _read_mixed(layer, x)
     if layer.mixed_in is not None:
         y = _soft_sum(layer, list(_channel_candidates(layer, x, y, 0))[::-1], weights.channel)
-    if layer.hands_to is not None or layer.mixed_in is not None:
+    if not layer.derives:
         if layer.cheap_t is None:
             return y
         opened = one_hot(largest_open(weights.channel) * 0, weights.channel.shape[1])

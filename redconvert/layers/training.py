@@ -29,18 +29,17 @@ def run_masked(
     layer: DynamicConv, x: Tensor, source: Source | None, weights: GateWeights, decisions: list[Decision]
 ) -> Tensor:
     """From the full convolution to what inference would return, with the gradient of the soft sum."""
-    learned, mixes = _learned(layer, decisions), layer.mixed_in is not None
-    if mixes:
+    learned = _learned(layer, decisions)
+    if layer.mixed_in is not None:
         y = _Candidates.apply(layer, [d.channel for d in decisions], x, weights.channel, *_convolving(layer))
     else:
         y = layer.whole(x, learned=learned) if source is None else read_dense(layer, x, source, learned)
-    done = mixes or layer.hands_to is not None  # with channels: whoever reads what is handed over leaves some out
-    if done:
+    if not layer.derives:  # done with channels: whoever reads what is handed over leaves some out
         if layer.cheap_t is None:
             return y
         opened = one_hot(torch.zeros_like(weights.channel[:, 0], dtype=torch.long), weights.channel.shape[1])
         weights = GateWeights(opened.to(weights.channel.dtype), weights.temporal)
-    own = [d._replace(channel=0 if done else d.channel, source=0) for d in decisions]
+    own = [d._replace(channel=d.channel if layer.derives else 0, source=0) for d in decisions]
     return CheckpointedMix.apply(layer, own, y, *weights, *layer.cheap_parameters())
 
 
@@ -141,14 +140,11 @@ class _Candidates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         x, weights, *parameters = ctx.saved_tensors
-        layer, (enabled, dtype), (_, _, by_x, by_weights, *by_parameters) = (
-            ctx.layer,
-            ctx.autocast,
-            ctx.needs_input_grad,
-        )
+        layer, (enabled, dtype) = ctx.layer, ctx.autocast
+        _, _, by_x, by_weights, *by_parameters = ctx.needs_input_grad
         rows = weights.repeat_interleave(layer.frames_per_sample, dim=0).to(gradient.dtype)
         wanted = [parameter for parameter, needed in zip(parameters, by_parameters, strict=True) if needed]
-        total: list[Tensor | None] = [None] * (by_x + len(wanted))
+        total: list[Tensor] = []
         dots = torch.zeros(len(rows), weights.shape[1], dtype=gradient.dtype, device=gradient.device)
         for index, taken in enumerate((weights > 0).any(0).tolist()):
             if not (taken or by_weights):
@@ -157,14 +153,13 @@ class _Candidates(torch.autograd.Function):
             with torch.set_grad_enabled(taken), torch.autocast(x.device.type, dtype=dtype, enabled=enabled):
                 out = layer.compute(point, Decision(index, 0))
             dots[:, index] = (gradient * out.detach()).flatten(1).sum(1)
-            if taken and total:
+            inputs = [point, *wanted] if by_x else wanted
+            if taken and inputs:
                 pulled = gradient * rows[:, index].view(-1, *(1,) * (gradient.dim() - 1))
-                found = torch.autograd.grad(out, [point, *wanted][1 - by_x :], pulled.to(out.dtype), allow_unused=True)
-                total = [b if a is None else a if b is None else a + b for a, b in zip(total, found, strict=True)]
+                # Zeros, not None, of what no sample computed with: data parallel training waits for every parameter.
+                found = torch.autograd.grad(out, inputs, pulled.to(out.dtype), materialize_grads=True)
+                total = [a + b for a, b in zip(total, found, strict=True)] if total else list(found)
         per_sample = dots.to(weights.dtype).unflatten(0, (-1, layer.frames_per_sample)).sum(1) if by_weights else None
-        # Zeros, not None, of what no sample computed with: data parallel training waits for every parameter.
-        found_for = iter(torch.zeros_like(p) if g is None else g for p, g in zip(wanted, total[by_x:], strict=True))
-        return (
-            *(None, None, total[0] if by_x else None, per_sample),
-            *(next(found_for) if needed else None for needed in by_parameters),
-        )
+        gradients = iter(total or [torch.zeros_like(each) for each in ([x, *wanted] if by_x else wanted)])
+        by_input = next(gradients) if by_x else None
+        return None, None, by_input, per_sample, *(next(gradients) if needed else None for needed in by_parameters)

@@ -156,24 +156,13 @@ def test_birth_is_a_choice_of_channels():
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("absorb", [False, True])
-def test_deployed_frozen_saved_and_budgeted(dims, absorb, tmp_path):
+def test_deployed_frozen_saved_and_budgeted(dims, absorb, same_everywhere):
     dynamic, model, x = converted(dims, shares=(0.75, 0.5), absorb=absorb)
     kinds = [type(layer.cheap_c.op(1)) is Principal for layer in dynamic_layers(dynamic).values()]
     assert kinds == ([False, False, True] if absorb else [True] * 3)
     redconvert.set_budget(dynamic, 0.6, [x])
     redconvert.calibrate(dynamic, [x], decisions="gates")
-    redconvert.save_pretrained(dynamic, tmp_path)
-    again = redconvert.from_pretrained(model, tmp_path).eval()
-    fast = redconvert.deploy(dynamic, x)
-    with torch.no_grad():
-        wanted = dynamic(x)
-        assert not torch.allclose(wanted, model(x), atol=1e-4) and torch.equal(again(x), wanted)
-        torch.testing.assert_close(fast(x), wanted, atol=1e-5, rtol=1e-4)
-        for policy in ((1, 0), (2, 0)):
-            with redconvert.forced(dynamic, channel=policy[0], temporal=0):
-                wanted = dynamic(x)
-                torch.testing.assert_close(fast(x), wanted, atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(redconvert.freeze(dynamic, policy)(x), wanted, atol=1e-5, rtol=1e-4)
+    same_everywhere(dynamic, model, x, [(1, 0), (2, 0)])
     assert type(redconvert.revert(copy.deepcopy(dynamic))[0]) is type(model[0])
 
 

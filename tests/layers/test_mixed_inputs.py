@@ -275,7 +275,7 @@ def test_weights_of_the_original_start_it_again(config):
 
 @pytest.mark.parametrize("importance", ["answers", "norms"])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_calibrated_deployed_frozen_and_saved(dims, importance, tmp_path):
+def test_calibrated_deployed_frozen_and_saved(dims, importance, same_everywhere):
     dynamic, model, x = networks(dims, temporal=dims == 3)
     table = redconvert.calibrate(dynamic, [x[::2], x[1::2]], importance=importance)
     assert [len(layer.input_explained) for layer in table.layers] == [0, 2, 2]
@@ -287,21 +287,10 @@ def test_calibrated_deployed_frozen_and_saved(dims, importance, tmp_path):
     assert all(1 > high > low > 0 for high, low in (layer.input_explained for layer in table.layers[1:]))
     redconvert.set_budget(dynamic, 0.6, [x])
     redconvert.calibrate(dynamic, [x], decisions="gates")
-    redconvert.save_pretrained(dynamic, tmp_path)
-    again = redconvert.from_pretrained(model, tmp_path).eval()
-    fast = redconvert.deploy(dynamic, x)
-    with torch.no_grad():
-        wanted = dynamic(x)
-        assert not torch.allclose(wanted, model(x), atol=1e-4) and torch.equal(again(x), wanted)
-        torch.testing.assert_close(fast(x), wanted, atol=1e-5, rtol=1e-4)
-        for channel, temporal in itertools.product((1, 2), (0, 1) if dims == 3 else (0,)):
-            with redconvert.forced(dynamic, channel=channel, temporal=temporal):
-                wanted = dynamic(x)
-                torch.testing.assert_close(fast(x), wanted, atol=1e-5, rtol=1e-4)
-            frozen = redconvert.freeze(dynamic, (channel, temporal))
-            torch.testing.assert_close(frozen(x), wanted, atol=1e-5, rtol=1e-4)
-            exported = torch.export.export(frozen, (x,)).module()
-            torch.testing.assert_close(exported(x), wanted, atol=1e-5, rtol=1e-4)
+    policies = itertools.product((1, 2), (0, 1) if dims == 3 else (0,))
+    for frozen, wanted in same_everywhere(dynamic, model, x, policies):
+        exported = torch.export.export(frozen, (x,)).module()
+        torch.testing.assert_close(exported(x), wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_mixtures_of_dependent_channels_lose_nothing():
