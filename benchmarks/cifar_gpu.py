@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import accuracy, asking_again, images, resnet56
+from cifar import MIXED, accuracy, asking_again, images, resnet56
 from cifar_resnet56 import FEATURES, TOTALS, Setting, budgeted, dynamic, measure, over_seeds, spread, summary
 from cifar_resnet56 import ROWS as STARTS
 from common import RESULTS, environment, write
@@ -40,6 +40,8 @@ PREPARED = {
     "depgraph 0.4": STARTS["depgraph 0.4"],
     "absorbed 0.5": lambda setting: budgeted(setting, 0.5),
     "absorbed 0.4": lambda setting: budgeted(setting, 0.4),
+    "mixed 0.5": lambda setting: budgeted(setting, 0.5, config=MIXED),
+    "mixed 0.4": lambda setting: budgeted(setting, 0.4, config=MIXED),
     "principal 0.5": lambda setting: dynamic(setting, 0.5, **MIXTURES),
     "rebuilt 0.5": lambda setting: dynamic(setting, 0.5),
 }
@@ -52,6 +54,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "principal 0.5": {"seeds": (0,)},
     "absorbed 0.5, no labels": {"seeds": (0,), "distill": 1.0},
     "absorbed 0.5, features": {"seeds": (0, 1, 2), "features": FEATURES},
+    "mixed 0.5, features": {"seeds": (0, 1, 2), "features": FEATURES},
+    "mixed 0.4, features": {"seeds": (0,), "features": FEATURES},
     "absorbed 0.5, higher lr": {"seeds": (0,), "lr": 2.5},
     "depgraph 0.5, higher lr": {"seeds": (0,), "lr": 2.5},
     "rebuilt 0.5, gates learn": {"seeds": (0,), "learns": True, "target": 0.5},
@@ -164,6 +168,7 @@ def keep(runners: list[Runner], loaded: dict[str, nn.Module], folder: Path) -> N
 
 def schedule(arguments: argparse.Namespace) -> dict[str, Any]:
     keys = ("epochs", "images", "batch", "lr", "gate_lr", "efficiency", "distill", "temperature", "test_images")
+    keys += ("flips", "bfloat16")
     return {key: getattr(arguments, key) for key in keys}
 
 
@@ -240,6 +245,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--efficiency", type=float, default=20.0)
     parser.add_argument("--distill", type=float, default=0.9, help="the teacher's share of the loss")
     parser.add_argument("--temperature", type=float, default=4.0)
+    parser.add_argument("--flips", action="store_true", help="the teacher answers for an image and its mirror image")
+    parser.add_argument("--bfloat16", action="store_true", help="mixed precision")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--repeated", nargs="*", default=list(ROWS), help="rows that run with more than the first seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -24,10 +24,11 @@ class Batches:
     """Augmented batches of one seed on the device, and what the teacher says of them, in the same memory each time."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, teacher: nn.Module, arguments: Any, seed: int):
+        self.flips = arguments.flips
         self.pixels, self.labels, self.teacher, self.size = pixels, labels, teacher, arguments.batch
         self.generator = torch.Generator(pixels.device).manual_seed(seed)
         self.x = pixels[: self.size].clone(memory_format=torch.channels_last)
-        self.y, self.taught = labels[: self.size].clone(), teacher(self.x)
+        self.y, self.taught = labels[: self.size].clone(), self.answers()
         self.order = torch.empty(0)
 
     def next(self, step: int) -> None:
@@ -38,14 +39,19 @@ class Batches:
         chosen = self.order[step % count * self.size :][: self.size]
         self.x.copy_(augment(self.pixels[chosen], generator=self.generator))
         self.y.copy_(self.labels[chosen])
-        self.taught.copy_(self.teacher(self.x))
+        self.taught.copy_(self.answers())
+
+    def answers(self) -> Tensor:
+        """The teacher's, with ``flips`` the mean of those of an image and of its mirror image."""
+        scores = self.teacher(self.x)
+        return (scores + self.teacher(self.x.flip(3))) / 2 if self.flips else scores
 
 
 class Runner:
     """One row and seed: a network, its optimizer, and its forward and backward pass as a CUDA graph.
 
-    ``row``: what it has of its own: ``distill``; ``learns`` and ``target``, where its gates learn; ``features``, the
-    weight of L_f; ``lr``, times that of the others.
+    ``row``: what it has of its own: ``distill`` and ``temperature``; ``learns`` and ``target``, where its gates learn;
+    ``features``, the weight of L_f; ``lr``, times that of the others.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Runner:
     ) -> None:
         self.name, self.seed, self.given, self.arguments = name, seed, given, arguments
         self.distill, self.learns = row.get("distill", arguments.distill), row.get("learns", False)
+        self.temperature = row.get("temperature", arguments.temperature)
         device = given.x.device
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.dynamic = is_dynamic(model)
@@ -93,17 +100,20 @@ class Runner:
 
     def _passes(self) -> None:
         """``(1 - d) CE + d t^2 KL + weight * L_e + v * L_f``, forward and backward; gradients end in ``.grad``."""
-        scores, given, arguments, extra = self.model(self.given.x), self.given, self.arguments, None
+        given, arguments, extra = self.given, self.arguments, None
+        with torch.autocast(given.x.device.type, torch.bfloat16, enabled=arguments.bfloat16):
+            scores = self.model(given.x)
+            if self.weight:
+                with torch.no_grad():
+                    self.teacher(given.x)
         if self.weight:
-            with torch.no_grad():
-                self.teacher(given.x)
             extra = self.weight * self.missed()
         backward(
-            scores,
+            scores.float(),
             given.y,
             given.taught,
             self.distill,
-            arguments.temperature,
+            self.temperature,
             self.efficiency,
             arguments.efficiency,
             self.losses,

@@ -25,7 +25,7 @@ from .rebuild import ChannelRebuild
 from .recipes import Recipe, recipe_of
 from .routing import FULL, Decision, decide, group_samples, route, sample_rows, select
 from .static import run_static
-from .training import convolve_learning, resting, run_masked
+from .training import compose, composes, convolve_learning, resting, run_masked
 
 __all__ = ["DynamicConv", "Observation"]
 
@@ -277,7 +277,10 @@ class DynamicConv(nn.Module):
             weights = GateWeights(*(w.index_select(0, samples) for w in weights))
         if decision == FULL:
             return self.whole(x, learned=learned)
-        y = self._convolve(x, decision.channel, decision.temporal, decision.source, learned)
+        composed = not decision.blend and composes(self, decision.channel)
+        y = self._convolve(x, decision.channel, decision.temporal, decision.source, learned, composed)
+        if composed:
+            decision = decision._replace(channel=0)
         return self._finish(y, weights, decision, self._output_frames(x))
 
     def compute(self, x: Tensor, decision: Decision) -> Tensor:
@@ -336,11 +339,14 @@ class DynamicConv(nn.Module):
             return self.dense_class.forward(self, x)
         return self._convolve(x, 0, 0, source, learned)
 
-    def _convolve(self, x: Tensor, channel: int, temporal: int, source: int = 0, learned: int = 0) -> Tensor:
+    def _convolve(
+        self, x: Tensor, channel: int, temporal: int, source: int = 0, learned: int = 0, composed: bool = False
+    ) -> Tensor:
         """What a candidate computes, in rank order (all channels: in the layer's own), at every R-th output frame.
 
         ``source``: the candidate of the layer that is read, which handed over no more than its channels.
         ``learned``: of all channels, computed in training, those of this candidate alone get gradients.
+        ``composed``: what the candidate makes of it, all channels, by the filters of `compose`.
         """
         kept, groups = self.candidates.channels[channel], self.groups
         weight, bias, order = self.recipe.weight(self), self.bias, None
@@ -349,7 +355,9 @@ class DynamicConv(nn.Module):
             there = self.reads_from.kept(source)
             weight, bias = self.cheap_in.filter(source, weight, bias, there)
             x = select(x, 1, there)
-        if self.cheap_c is not None and channel:
+        if composed:
+            kept, (weight, bias) = self.out_channels, compose(self, channel, weight, bias)
+        elif self.cheap_c is not None and channel:
             order = None if self.cheap_c.is_identity else self.cheap_c.order[:kept]
             weight, bias = self.cheap_c.filters(channel, weight, bias)
         if kept < self.out_channels and groups > 1:  # whole groups, and the inputs they read
@@ -361,7 +369,7 @@ class DynamicConv(nn.Module):
                 kept_groups = order[::per_group_out] // per_group_out
                 x = select(x, 1, sample_rows(kept_groups, per_group_in))
         x, stride, padding = self._strided(x, self.candidates.strides[temporal])
-        if self.mixed_in is not None and channel:
+        if self.mixed_in is not None and channel and not composed:
             x, weight = self.mixed_in.read(channel, x), self.mixed_in.filters(channel, weight)
         if learned and groups == 1:
             assert self.cheap_c is not None and not channel

@@ -63,6 +63,7 @@ class CheapOp(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    composes = False  # whether filters as large as the convolution's can do both
 
     @property
     def macs_per_position(self) -> int:
@@ -84,6 +85,10 @@ class CheapOp(nn.Module):
             point = kept.detach().requires_grad_()
             return torch.autograd.grad(self(point), point, gradient)[0]
 
+    def compose(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Filters ``(D, ...)`` and biases ``(D)`` that give what this makes of the result of ``weight (k, ...)``."""
+        raise TypeError("use Pointwise or Scale")
+
     def fit(self, within: Tensor, across: Tensor, mean_x: Tensor, mean_y: Tensor, ridge: float) -> Tensor:
         """Set weight and bias to the regression of the dropped channels y on the kept ones x.
 
@@ -101,6 +106,8 @@ class CheapOp(nn.Module):
 class Pointwise(CheapOp):
     """A 1x1 convolution, ``(N, k, ...) -> (N, D, ...)``: ``weight (D, k)``, ``bias (D)``."""
 
+    composes = True
+
     def __init__(self, kept: int, dropped: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dropped, kept))
@@ -110,6 +117,9 @@ class Pointwise(CheapOp):
         convolve = F.conv3d if kept.dim() == 5 else F.conv2d
         weight = matching(self.weight, kept).reshape(*self.weight.shape, *(1,) * (kept.dim() - 2))
         return convolve(kept, weight, matching(self.bias, kept))
+
+    def compose(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return (self.weight @ weight.flatten(1)).unflatten(1, weight.shape[1:]), self.bias + self.weight @ bias
 
     def pairing(self, kept: Tensor, gradient: Tensor) -> Tensor:
         # <W y, g> = <W, g y^T>: one product of small result instead of the operation's output.
@@ -265,6 +275,8 @@ class OneSource(CheapOp):
 class Scale(OneSource):
     """``weight[d] * kept[source[d]] + bias[d]``, ``weight (D)``."""
 
+    composes = True
+
     def __init__(self, kept: int, dropped: int) -> None:
         super().__init__(kept, dropped)
         self.weight = nn.Parameter(torch.zeros(dropped))
@@ -273,6 +285,10 @@ class Scale(OneSource):
         shape = (-1, *(1,) * (kept.dim() - 2))
         weight, bias = matching(self.weight, kept).view(shape), matching(self.bias, kept).view(shape)
         return torch.addcmul(bias, select(kept, 1, self.source), weight)
+
+    def compose(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.weight.view(-1, *(1,) * (weight.dim() - 1))
+        return scale * weight.index_select(0, self.source), self.bias + self.weight * bias.index_select(0, self.source)
 
     def pairing(self, kept: Tensor, gradient: Tensor) -> Tensor:
         gradient = gradient.detach().flatten(2)

@@ -79,6 +79,11 @@ class InputMixture(nn.Module):
         ranks = weight.index_select(1, self.order).flatten(2)
         return (matching(self.lift, weight).T @ ranks).unflatten(2, weight.shape[2:])
 
+    def compose(self, weight: Tensor) -> Tensor:
+        """``W A [1, B]``, ``(C_out, C, ...)``: what ``weight (C_out, r, ...)`` gives of mixtures, given of x."""
+        dropped = (self.weight.T @ weight.flatten(2)).unflatten(2, weight.shape[2:])
+        return torch.cat([weight, dropped], dim=1).index_select(1, self.order.argsort())
+
     @property
     def matrix(self) -> Tensor:
         """``[1, B]`` with its columns in the channels' own order, ``(r, C)``."""
@@ -175,6 +180,11 @@ class InputMixtures(nn.Module):
         """The input ``(N, C_in, ...)`` as the filters of candidate ``index`` see it."""
         op = self.op(index)
         return x if op is None else op.seen(x)
+
+    def compose(self, index: int, weight: Tensor) -> Tensor:
+        """Filters ``(C_out, C_in, ...)`` that give of the input what candidate ``index`` gives of its mixtures."""
+        op = self.op(index)
+        return weight if op is None else op.compose(weight)
 
     def filters(self, index: int, weight: Tensor) -> Tensor:
         """What candidate ``index`` convolves its mixtures with, of filters ``(C_out, C_in, ...)``."""

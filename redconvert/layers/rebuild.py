@@ -109,6 +109,18 @@ class ChannelRebuild(nn.Module):
             return weight[kept], None if bias is None else bias[kept]
         return weight.index_select(0, kept), None if bias is None else bias.index_select(0, kept)
 
+    def compose(self, index: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Filters of all channels, in the layer's own order, that give at once what candidate ``index`` gives.
+
+        Args:
+            weight: what it convolves with, ``(k, ...)``; bias: ``(k)`` or none.
+        """
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        dropped = self.op(index).compose(weight, bias)
+        whole = (torch.cat(pair) for pair in zip((weight, bias), dropped, strict=True))
+        weight, bias = (each if self.is_identity else each.index_select(0, self.inverse) for each in whole)
+        return weight, bias
+
     def computed(self, index: int, ranks: Tensor) -> Tensor:
         """What candidate ``index`` computes, from all channels in rank order."""
         op = self.op(index)

@@ -7,6 +7,7 @@ read: with hard gates no weights are computed, since the largest open candidate 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from .absorb import Choice, pooled_static, static_source
 from .gate import GateWeights, largest_open, one_hot
 from .masked import attach, rebuild_loss, replace_value
 from .routing import FULL, Decision
-from .training import trained_candidate
+from .training import composes, trained_candidate
 
 if TYPE_CHECKING:
     from .base import DynamicConv
@@ -63,14 +64,15 @@ def _run_chosen(layer: DynamicConv, x: Tensor, choices: Sequence[Choice]) -> Ten
         # All are computed, for the norm's statistics in training, and the reader leaves some out.
         channel = channel if isinstance(channel, int) and not layer.training else 0
     i, j = (choice if isinstance(choice, int) else 0 for choice in (channel, temporal))
-    y = _read(layer, x, i, j, learned)
+    composed = composes(layer, i)
+    y = _read(layer, x, i, j, learned, composed)
     num_frames = layer._output_frames(x)
     computed = layer.candidates.frames(j, num_frames)
     if isinstance(channel, Tensor):
         folded = layer.frames_per_sample > 1  # then a sample has a row per frame
         rows = channel.repeat_interleave(computed, dim=0) if folded else channel
         y = _largest(rows, _channel_candidates(layer, x, y, j))
-    elif i:
+    elif i and not composed:
         y = layer.cheap_c.single(y, i)  # type: ignore[union-attr]
     if isinstance(temporal, int) and not j:
         return y
@@ -113,20 +115,22 @@ def _certain(like: Tensor, index: int, size: int) -> Tensor:
     return one_hot(torch.full((len(like),), index, device=like.device), size).to(like.dtype)
 
 
-def _read(layer: DynamicConv, x: Tensor, i: int, j: int, learned: int = 0) -> Tensor:
+def _read(layer: DynamicConv, x: Tensor, i: int, j: int, learned: int = 0, composed: bool = False) -> Tensor:
     """The convolution of the channels that the layer's source hands over, whatever is known of them.
 
-    ``learned``: the channel candidate whose channels alone get gradients, 0 for all.
+    ``learned``: the channel candidate whose channels alone get gradients, 0 for all. ``composed``: see `compose`.
     """
     source, _ = static_source(layer)
     if isinstance(source, int):
         if i or j:
-            return layer._convolve(x, i, j, source, learned)
+            return layer._convolve(x, i, j, source, learned, composed)
         return layer.whole(x, source, learned)
-    full = layer._convolve(x, i, j) if i or j else layer.dense_class.forward(layer, x)
+    full = layer._convolve(x, i, j, composed=composed) if i or j else layer.dense_class.forward(layer, x)
     frames = layer.candidates.frames(j, layer.frames_per_sample) if layer.frames_per_sample > 1 else 1
     rows = source.repeat_interleave(frames, dim=0) if frames > 1 else source
-    return _largest(rows, (layer._convolve(x, i, j, s) if s else full for s in range(rows.shape[1] - 1, -1, -1)))
+    indices = range(rows.shape[1] - 1, 0, -1)
+    reduced = (layer._convolve(x, i, j, index, composed=composed) for index in indices)
+    return _largest(rows, chain(reduced, [full]))
 
 
 def _read_mixed(layer: DynamicConv, x: Tensor) -> Tensor:

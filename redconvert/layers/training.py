@@ -22,7 +22,9 @@ from .routing import Decision, group_samples, route, sample_rows, select
 if TYPE_CHECKING:
     from .base import DynamicConv
 
-__all__ = ["convolve_learning", "resting", "run_masked", "trained_candidate"]
+__all__ = ["compose", "composes", "convolve_learning", "resting", "run_masked", "trained_candidate"]
+
+COMPOSED = ("cuda",)  # kinds of devices; a CPU is faster in parts
 
 
 def run_masked(
@@ -57,6 +59,34 @@ def resting(layer: DynamicConv, decisions: list[Decision]) -> tuple[list[Decisio
 def _learned(layer: DynamicConv, decisions: list[Decision]) -> int:
     """Of the largest channel candidate that a sample takes: channels that only larger ones compute get no gradient."""
     return trained_candidate(layer, min(d.channel for d in decisions))
+
+
+def composes(layer: DynamicConv, channel: int) -> bool:
+    """Whether a reduced candidate trains as one convolution, see `compose`: where its gate rests, on a GPU.
+
+    That multiplies as much as the full one, but passes over memory once; in parts a candidate mixes, convolves,
+    rebuilds and sorts, which is less work and many small kernels.
+    """
+    if not channel or not layer.training or layer.learns or not layer.rebuilds or layer.groups > 1:
+        return False
+    assert layer.cheap_c is not None
+    return layer.weight.device.type in COMPOSED and layer.cheap_c.op(channel).composes
+
+
+def compose(layer: DynamicConv, channel: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``[1; Phi_c] W_i A [1, B]``: the filters that give of the input all channels that candidate i makes of it.
+
+    To mix the input and to rebuild channels are linear operations at each position, and so part of the filters.
+
+    Args:
+        weight: the layer's filters, ``(C_out, C_in, ...)``; bias: ``(C_out)`` or none.
+    """
+    assert layer.cheap_c is not None
+    with torch.autocast(weight.device.type, enabled=False):
+        weight, bias = layer.cheap_c.filters(channel, weight, bias)
+        if layer.mixed_in is not None:
+            weight = layer.mixed_in.compose(channel, layer.mixed_in.filters(channel, weight))
+        return layer.cheap_c.compose(channel, weight, bias)
 
 
 def trained_candidate(layer: DynamicConv, channel: int) -> int:
@@ -152,7 +182,8 @@ class _Candidates(torch.autograd.Function):
             point = x.detach().requires_grad_(by_x)
             with torch.set_grad_enabled(taken), torch.autocast(x.device.type, dtype=dtype, enabled=enabled):
                 out = layer.compute(point, Decision(index, 0))
-            dots[:, index] = (gradient * out.detach()).flatten(1).sum(1)
+            if by_weights:
+                dots[:, index] = (gradient * out.detach()).flatten(1).sum(1)
             inputs = [point, *wanted] if by_x else wanted
             if taken and inputs:
                 pulled = gradient * rows[:, index].view(-1, *(1,) * (gradient.dim() - 1))

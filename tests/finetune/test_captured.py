@@ -14,14 +14,14 @@ from redconvert import RedconvertError
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def network(device):
+def network(device, **config):
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)),
         *(nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
     )
     x = torch.randn(8, 3, 8, 8)
-    config = redconvert.ConvertConfig(rules=[("*", {})], absorb=True)
+    config = redconvert.ConvertConfig(rules=[("*", {})], **(config or {"absorb": True}))
     dynamic = redconvert.convert(model, config, example_inputs=x)
     redconvert.calibrate(dynamic, [x])
     redconvert.set_budget(dynamic, 0.7, [x])
@@ -37,9 +37,10 @@ def test_refused_on_a_cpu():
 
 
 @on_gpu
+@pytest.mark.parametrize("config", [{"absorb": True}, {"cheap": "principal", "mix_inputs": True}])
 @pytest.mark.parametrize("rests", [True, False])
-def test_steps_are_those_of_python(rests):
-    ours, x, y = network("cuda")
+def test_steps_are_those_of_python(rests, config):
+    ours, x, y = network("cuda", **config)
     theirs = copy.deepcopy(ours)
     losses, states = {}, {}
     for name, model in {"graph": ours, "python": theirs}.items():
