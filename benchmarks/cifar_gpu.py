@@ -45,6 +45,8 @@ PREPARED = {
     "principal 0.5": lambda setting: dynamic(setting, 0.5, **MIXTURES),
     "rebuilt 0.5": lambda setting: dynamic(setting, 0.5),
 }
+UNLABELLED = {"features": FEATURES, "distill": 1.0, "temperature": 32.0}
+LABELLED = {"features": 30.0, "fades": True, "distill": 0.05, "temperature": 32.0}
 ROWS: dict[str, dict[str, Any]] = {
     "dense": {"seeds": (0, 1, 2)},
     "depgraph 0.5": {"seeds": (0, 1, 2)},
@@ -53,9 +55,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "depgraph 0.4": {"seeds": (0,)},
     "principal 0.5": {"seeds": (0,)},
     "absorbed 0.5, no labels": {"seeds": (0,), "distill": 1.0},
-    "absorbed 0.5, features": {"seeds": (0, 1, 2), "features": FEATURES},
-    "mixed 0.5, features": {"seeds": (0, 1, 2), "features": FEATURES},
-    "mixed 0.4, features": {"seeds": (0,), "features": FEATURES},
+    "absorbed 0.5, features": {"seeds": (0, 1, 2), **UNLABELLED},
+    "mixed 0.5, features": {"seeds": (0, 1, 2), **UNLABELLED},
+    "mixed 0.5, labels": {"seeds": (0, 1, 2), **LABELLED},
+    "mixed 0.4, features": {"seeds": (0,), **UNLABELLED},
     "absorbed 0.5, higher lr": {"seeds": (0,), "lr": 2.5},
     "depgraph 0.5, higher lr": {"seeds": (0,), "lr": 2.5},
     "rebuilt 0.5, gates learn": {"seeds": (0,), "learns": True, "target": 0.5},
@@ -156,14 +159,16 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def keep(runners: list[Runner], loaded: dict[str, nn.Module], folder: Path) -> None:
-    """What training changed of the dynamic networks: the others are done with, and files small."""
-    found: dict[str, dict[int, Any]] = {}
+    """What training changed of the dynamic networks, a file each: the others are done with."""
     for runner in (each for each in runners if each.dynamic):
         before = loaded[runner.name.split(",")[0]].state_dict()
         now = {key: value.cpu() for key, value in runner.model.state_dict().items()}
         changed = {key: value for key, value in now.items() if not torch.equal(value, before[key])}
-        found.setdefault(runner.name, {})[runner.seed] = changed
-    torch.save(found, folder / "trained.pt")
+        torch.save(changed, trained_file(folder, runner.name, runner.seed))
+
+
+def trained_file(folder: Path, name: str, seed: int | str) -> Path:
+    return folder / f"{name} {seed}.pt".replace(",", "").replace(" ", "-")
 
 
 def schedule(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -184,14 +189,14 @@ def finish(arguments: argparse.Namespace) -> None:
     result |= {key: trained[key] for key in ("schedule", "device", "torch", "date", "epoch_s", "replay_ms")}
     result["schedule"]["network"], result["losses"] = arguments.network, trained["history"]
     result.setdefault("original", {"accuracy": accuracy(setting.original, *setting.test)})
-    states = torch.load(arguments.work / "trained.pt", weights_only=True)
     for name, seeds in trained["rows"].items():
         start = json.loads((arguments.work / name.split(",")[0].replace(" ", "-") / "start.json").read_text())
         for seed, found in seeds.items():
             done = result["rows"].setdefault(name, {})
             if seed in done or "failed" in found:
                 continue
-            state = states.get(name, {}).get(int(seed))
+            file = trained_file(arguments.work, name, seed)
+            state = torch.load(file, weights_only=True) if file.exists() else None
             end = {"accuracy": found["accuracy"], "share_of_dense_macs": start["share_of_dense_macs"]}
             done[seed] = {"start": start, "end": end} | (look(arguments, setting, name, state) if state else {})
             result["summary"] = summary(result["rows"])

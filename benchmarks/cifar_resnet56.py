@@ -217,6 +217,7 @@ def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
         bfloat16=BFLOAT16,
         gate_every=arguments.gate_every,
         features=candidate.features,
+        flips=arguments.flips,
     )
 
 
@@ -253,10 +254,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--gate-lr", type=float, default=0.005)
-    parser.add_argument("--gate-every", type=int, default=1, help="gates learn in every so many-th step")
+    parser.add_argument("--gate-every", type=int, default=1, help="gates learn in every so many-th step; 0: never")
     parser.add_argument("--efficiency", type=float, default=20.0)
     parser.add_argument("--distill", type=float, default=0.5, help="the teacher's share of the loss; 1: no labels")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the distillation")
+    parser.add_argument("--flips", action="store_true", help="the teacher answers for an image and its mirror image")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help="names, or their beginnings")
     parser.add_argument("--test-images", type=int, default=10_000)
@@ -272,10 +274,10 @@ def main() -> None:
     arguments = parse_arguments()
     out = arguments.out or RESULTS / f"cifar_{arguments.network}.json"
     keys = ("network", "epochs", "images", "batch", "lr", "gate_lr", "gate_every", "efficiency", "distill")
-    keys += ("temperature", "test_images")
+    keys += ("temperature", "flips", "test_images")
     schedule = {key: getattr(arguments, key) for key in keys}
     result = json.loads(out.read_text()) if out.exists() else {}
-    if {"distill": 0.5, "temperature": 1.0} | result.get("schedule", {}) != schedule:
+    if {"distill": 0.5, "temperature": 1.0, "flips": False} | result.get("schedule", {}) != schedule:
         result = {"what": __doc__.split("\n")[0], "schedule": schedule, "rows": {}}
     for seed in arguments.seeds:
         setting = None

@@ -51,7 +51,8 @@ class Runner:
     """One row and seed: a network, its optimizer, and its forward and backward pass as a CUDA graph.
 
     ``row``: what it has of its own: ``distill`` and ``temperature``; ``learns`` and ``target``, where its gates learn;
-    ``features``, the weight of L_f; ``lr``, times that of the others.
+    ``features``, the weight of L_f, and ``fades``, whether that goes down with the learning rate; ``lr``, times that of
+    the others.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Runner:
         if self.learns:
             static = static_macs(self.model, given.x[:1])
             self.efficiency = redconvert.EfficiencyLoss(self.model, target=row["target"], static_macs=static)
-        self.weight = row.get("features", 0.0)
-        if self.weight:  # a teacher of its own, whose features lie where this row's graph left them
+        self.features, self.fades = row.get("features", 0.0), row.get("fades", False)
+        self.weight = torch.tensor(self.features, device=device)  # the graph reads it there
+        if self.features:  # a teacher of its own, whose features lie where this row's graph left them
             self.teacher = copy.deepcopy(given.teacher)
             self.missed = FeatureLoss(self.model, self.teacher)
         lr = arguments.lr * row.get("lr", 1.0)
@@ -86,6 +88,8 @@ class Runner:
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             if self.stream is not None:
                 self.stream.wait_stream(torch.cuda.default_stream())
+            if self.fades:
+                self.weight.fill_(self.features * rate)
             if self.graph is not None:
                 self.graph()
             else:
@@ -103,10 +107,10 @@ class Runner:
         given, arguments, extra = self.given, self.arguments, None
         with torch.autocast(given.x.device.type, torch.bfloat16, enabled=arguments.bfloat16):
             scores = self.model(given.x)
-            if self.weight:
+            if self.features:
                 with torch.no_grad():
                     self.teacher(given.x)
-        if self.weight:
+        if self.features:
             extra = self.weight * self.missed()
         backward(
             scores.float(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from contextlib import nullcontext
 from functools import partial
@@ -37,17 +38,20 @@ def train(
     bfloat16: bool = False,
     gate_every: int = 1,
     features: float = 0.0,
+    flips: bool = False,
 ) -> list[dict[str, float]]:
     """SGD with Nesterov momentum, warm-up and cosine; ``(1 - d) CE + d t^2 KL(teacher) + weight * L_e + v * L_f``.
 
     ``bfloat16`` is for 2D networks: on a CPU with avx512_bf16, torch 2.15 gives I3D's convolutions infinite gradients.
-    ``gate_every``: gates learn in every so many-th step; in between a step costs what they leave to compute. Dropout
-    rests where there is a teacher. ``features``: v, in steps in which gates rest. Batches are moved to where the
-    network is; on a GPU all are of the same size, and a CUDA graph runs them where gates learn in every step.
+    ``gate_every``: gates learn in every so many-th step, or never (0); in between a step costs what they leave to
+    compute. Dropout rests where there is a teacher. ``features``: v, in steps in which gates rest. ``flips``: what the
+    teacher says is the mean of its answers for an image and its mirror image. Batches are moved to where the network
+    is; on a GPU all are of the same size, and a CUDA graph runs them where gates learn in every step.
     Returns means per epoch; leaves ``model`` in ``eval()``.
     """
     efficiency, missed, device = None, None, device_of(model)
-    if weight:
+    mirrored = copy.deepcopy(teacher) if flips else None  # whose features nobody listens to
+    if weight and gate_every:
         static = static_macs(model, next(iter(loader))[0][:1].to(device))
         efficiency = redconvert.EfficiencyLoss(model, target=target, static_macs=static)
     if features:
@@ -56,7 +60,9 @@ def train(
     optimizer = build_optimizer("sgd", groups_of(model, lr, gate_lr))
     rates, steps, step = [group["lr"] for group in optimizer.param_groups], epochs * len(loader), 0
     captures, graph, held, found = device.type == "cuda" and gate_every == 1, None, [], torch.zeros(2, device=device)
-    loss_of = partial(_losses, model, teacher, distill, temperature, efficiency, weight, bfloat16, missed, features)
+    loss_of = partial(
+        _losses, model, teacher, mirrored, distill, temperature, efficiency, weight, bfloat16, missed, features
+    )
     history = []
     for _ in range(epochs):
         training_mode(model, freeze_norms, dropout=teacher is None)
@@ -73,7 +79,8 @@ def train(
                 graph()
             else:
                 optimizer.zero_grad(set_to_none=True)
-                with nullcontext() if efficiency is None or step % gate_every == 0 else redconvert.resting_gates(model):
+                rests = is_dynamic(model) and (not gate_every or (efficiency is not None and step % gate_every > 0))
+                with redconvert.resting_gates(model) if rests else nullcontext():
                     loss_of(x, y, found)
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
@@ -91,6 +98,7 @@ def train(
 def _losses(
     model: nn.Module,
     teacher: Any,
+    mirrored: Any,
     distill: float,
     temperature: float,
     efficiency: Any,
@@ -109,6 +117,8 @@ def _losses(
         if distill or missed:
             with torch.no_grad():
                 taught = teacher(_fast_layout(x))
+                if mirrored is not None:
+                    taught = (taught + mirrored(_fast_layout(x.flip(-1)))) / 2
     if missed is not None and missed.gates_rest:
         extra = features * missed()
     backward(scores, y, taught, distill, temperature, efficiency, weight, found, extra)

@@ -50,8 +50,9 @@ def resting_gates(model: nn.Module) -> Iterator[nn.Module]:
     """In training, let the gates decide and not learn: a step then costs what the decisions leave to compute.
 
     A gate learns from what every candidate would have given, so all of them are computed; here only those that are
-    taken. Put it around the forward and the backward pass of most steps, and let gates learn in every few alone. A
-    compiled network computes everything all the same.
+    taken, each in parts or, where that takes less time (few channels, small savings), by one convolution whose filters
+    hold what mixes and rebuilds. Put it around the forward and the backward pass of most steps, and let gates learn in
+    every few alone. A compiled network computes everything all the same.
     """
     with attributes(dynamic_layers(model).values(), learns=False):
         yield model

@@ -1,11 +1,13 @@
 """How a dynamic convolution trains: with gates that learn, or at the price of inference while they rest.
 
 A gate learns from what every candidate would have given, so that all of them are computed. One that rests
-(`redconvert.resting_gates`) only decides: no more is computed than its decisions ask for.
+(`redconvert.resting_gates`) only decides: what its decisions ask for is computed alone, or all by one convolution whose
+filters hold what mixes and rebuilds channels, whichever takes less time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["compose", "composes", "convolve_learning", "resting", "run_masked", "trained_candidate"]
 
-COMPOSED = ("cuda",)  # kinds of devices; a CPU is faster in parts
+# Multiply-adds in the time in which a number is read or written. A CPU with AVX-512 trains ResNet-56 fastest with 25 in
+# float32 and with 40 or more in bfloat16; for GPUs it is what an H100's data sheet promises, halved, and not measured.
+BALANCE = {"cpu": 30, "cuda": 125}
+PASSES = 4  # over all channels, that parts take more
 
 
 def run_masked(
@@ -62,15 +67,24 @@ def _learned(layer: DynamicConv, decisions: list[Decision]) -> int:
 
 
 def composes(layer: DynamicConv, channel: int) -> bool:
-    """Whether a reduced candidate trains as one convolution, see `compose`: where its gate rests, on a GPU.
+    """Whether a reduced candidate trains as one convolution, see `compose`, while its gate rests.
 
-    That multiplies as much as the full one, but passes over memory once; in parts a candidate mixes, convolves,
-    rebuilds and sorts, which is less work and many small kernels.
+    That multiplies as much as the full one and passes over memory once; in parts a candidate mixes, convolves, rebuilds
+    and sorts, each a pass of its own, forward and backward. Which is faster is the device's balance of the two.
     """
     if not channel or not layer.training or layer.learns or not layer.rebuilds or layer.groups > 1:
         return False
-    assert layer.cheap_c is not None
-    return layer.weight.device.type in COMPOSED and layer.cheap_c.op(channel).composes
+    op = layer.cheap_c.op(channel)  # type: ignore[union-attr]
+    if not op.composes:
+        return False
+    outputs, inputs, *kernel = layer.weight.shape
+    kept, read, passes, parts = layer.candidates.channels[channel], inputs, PASSES * outputs, op.macs_per_position
+    if layer.mixed_in is not None:
+        read, positions = layer.mixed_in.channels[channel], math.prod(layer.stride)
+        passes += PASSES * inputs * positions
+        parts += layer.mixed_in.macs_per_position(channel) * positions
+    saved = (outputs * inputs - kept * read) * math.prod(kernel) - parts
+    return saved <= BALANCE.get(layer.weight.device.type, BALANCE["cpu"]) * passes
 
 
 def compose(layer: DynamicConv, channel: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
