@@ -55,7 +55,7 @@ AGREEING = {
 
 def agreement(arguments: argparse.Namespace, out: Path) -> None:
     """I3D's Kinetics answers on J-HMDB test clips without training: how many top-1 answers stay as they were."""
-    test, calibration = center_clips("test", arguments.per_class), center_clips("train", 3)
+    test, calibration = center_clips("test", arguments.per_class), center_clips("train", arguments.calibration)
     result: dict[str, Any] = {"what": agreement.__doc__, "input": list(test[0][0].shape), "curves": {}}
     if out.exists():
         result["curves"] = json.loads(out.read_text()).get("curves", {})
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.85, 0.8, 0.75, 0.7])
     parser.add_argument("--curves", nargs="+", default=list(AGREEING), choices=AGREEING)
     parser.add_argument("--per-class", type=int, default=4, help="test clips of each of the 21 classes; 100: all 268")
+    parser.add_argument("--calibration", type=int, default=3, help="training clips of each class to calibrate on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "i3d_agreement.json")
     parser.add_argument("--plot", type=Path, help="a picture of the curves")

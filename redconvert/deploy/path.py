@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from ..layers.routing import select
 from .frames import Frames, Place, full
 from .kernels import Filling
 from .pack import PackedConv, from_rows, to_rows
+from .pieces import Piece, output_sizes, pieces
 from .reduced import Reduced
 from .taps import Reading
 from .vectors import ACTIVATIONS
@@ -38,6 +41,7 @@ class Path:
     reduced: Reduced | None
     filling: Filling | None
     channels: int
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __call__(
         self,
@@ -96,23 +100,54 @@ class Path:
         into: Place | None = None,
     ) -> Tensor:
         """The frames that are computed, with norm, residual and activation; all channels, where it is reduced."""
-        reduced, read = self.reduced, self.read
-        if reduced is None:
-            return self.packed(read.padded(x), residual, activation, overwrite, means)
+        if self.reduced is None:
+            return self.packed(self.read.padded(x), residual, activation, overwrite, means)
+        sizes, parts = self._cuts(x)
+        added, relu = None if residual is None else to_rows(residual), activation == "relu"
+        place = _room_of(added, overwrite)
+        if into is not None:
+            place = into.room.part(x.new_empty(1).expand(*sizes, 1), into.first, self.channels)
+        if len(parts) == 1:
+            out = self._rebuilt(x, added, relu, means, place)
+        else:
+            out = x.new_empty(*sizes, self.channels) if place is None else place
+            for piece in parts:
+                some, mean = (None if each is None else piece.of(each) for each in (added, means))
+                made = self._rebuilt(piece.cut(x), some, relu, mean, piece.of(out))
+                if made.data_ptr() != piece.of(out).data_ptr():
+                    piece.of(out).copy_(made)
+        return from_rows(out) if activation in FUSED else ACTIVATIONS[activation](from_rows(out))
+
+    def _cuts(self, x: Tensor) -> tuple[tuple[int, int, int, int], list[Piece]]:
+        """N, T, H and W of the result, and the pieces in which it is made; looked up once."""
+        key = (x.shape, x.dtype, x.is_cpu)
+        if key not in self._known:
+            sizes = output_sizes(self.read, x)
+            frame_bytes = math.prod(sizes[2:]) * len(self.read.filter.weight) * x.element_size()
+            self._known[key] = sizes, pieces(self.read, sizes, frame_bytes if x.is_cpu else 0)
+        return self._known[key]
+
+    def _rebuilt(
+        self, x: Tensor, residual: Tensor | None, relu: bool, means: Tensor | None, place: Tensor | None
+    ) -> Tensor:
+        """All channels of clips ``(N, C, T', H, W)``, as rows ``(N, T, H, W, C_out)``; so is the residual."""
+        reduced = self.reduced
+        assert reduced is not None
         if reduced.inputs is not None:
             x = select(x, 1, reduced.inputs)
         if reduced.mixing is not None:
             x = reduced.mixing(x)
-        y = self.packed(read.padded(x))
+        y = self.packed(self.read.padded(x))
         rebuilt = None
         if reduced.cheap is not None:
             source = y if reduced.cheap_source is None else select(y, 1, reduced.cheap_source)
             rebuilt = to_rows(reduced.cheap(source))
-        added = None if residual is None else to_rows(residual)
-        rows, relu = to_rows(y), activation == "relu"
-        place = _room_of(added, overwrite) if into is None else into.room.part(rows, into.first, self.channels)
-        out = from_rows(reduced.assembly(rows, rebuilt, added, relu, means, place))
-        return out if activation in FUSED else ACTIVATIONS[activation](out)
+        return reduced.assembly(to_rows(y), rebuilt, residual, relu, means, place)
+
+
+def _like(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Of the type of x and of these sizes, without memory."""
+    return x.new_empty(1).expand(*sizes, 1)
 
 
 def _room_of(residual: Tensor | None, overwrite: bool) -> Tensor | None:
