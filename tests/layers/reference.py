@@ -274,3 +274,18 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
     assert value.shape == wanted.shape and value.dtype == wanted.dtype
     scale = wanted.abs().max().clamp_min(1e-30)
     return float((value - wanted).abs().max() / scale)
+
+
+@torch.no_grad()
+def anything(layer):
+    """Any numbers, orders and sources in all that was added to a convolution but its gate."""
+    for part in (layer.cheap_c, layer.cheap_t, layer.mixed_in):
+        for value in [*part.parameters(), *part.buffers()] if part is not None else ():
+            if value.is_floating_point():
+                value.normal_()
+    layer.cheap_c.set_order(torch.randperm(layer.out_channels))
+    for op in layer.cheap_c.ops:
+        if hasattr(op, "source"):
+            op.source.random_(0, layer.candidates.channels[-1])
+    for op in layer.mixed_in.ops if layer.mixed_in is not None else ():
+        op.order.copy_(torch.randperm(layer.in_channels))

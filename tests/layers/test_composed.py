@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import anything
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,17 +31,7 @@ def layer_of(dims=3, c=(9, 7), stride=1, num_frames=None, **config):
     options = {"search_space": 3, "cheap": "principal", "gate_hidden": 3, "rebuild_weight": 0, **config}
     extra = {"num_frames": num_frames} if num_frames else {}
     layer = CONV[dims](*c, 3, stride=stride, padding=1, config=LayerConfig(**options), **extra).double()
-    with torch.no_grad():
-        for part in (layer.cheap_c, layer.cheap_t, layer.mixed_in):
-            for value in [*part.parameters(), *part.buffers()] if part is not None else ():
-                if value.is_floating_point():
-                    value.normal_()
-        layer.cheap_c.set_order(torch.randperm(c[1]))
-        for op in layer.cheap_c.ops:
-            if hasattr(op, "source"):
-                op.source.random_(0, layer.candidates.channels[-1])
-        for op in layer.mixed_in.ops if layer.mixed_in is not None else ():
-            op.order.copy_(torch.randperm(c[0]))
+    anything(layer)
     return layer.train()
 
 

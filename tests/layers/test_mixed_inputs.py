@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import anything
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,17 +31,8 @@ def layer_of(dims=3, c=(9, 7), kernel=3, stride=1, padding=1, num_frames=None, *
     layer = CONV[dims][1](
         *c, kernel, stride=stride, padding=padding, config=LayerConfig(**{**options, **config}), **extra
     ).double()
+    anything(layer)
     with torch.no_grad():
-        for part in (layer.cheap_c, layer.cheap_t, layer.mixed_in):
-            for value in [*part.parameters(), *part.buffers()] if part is not None else ():
-                if value.is_floating_point():
-                    value.normal_()
-        layer.cheap_c.set_order(torch.randperm(c[1]))
-        for op in layer.cheap_c.ops:
-            if hasattr(op, "source"):
-                op.source.random_(0, layer.candidates.channels[-1])
-        for op in layer.mixed_in.ops:
-            op.order.copy_(torch.randperm(c[0]))
         nn.init.normal_(layer.gate.fc2.weight)
         layer.gate.beta.zero_()
     return layer.eval()
