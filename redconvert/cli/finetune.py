@@ -22,6 +22,7 @@ from ..files import write_text_atomic
 from ..finetune import History
 from ..finetune import finetune as train
 from ..finetune.state import NAME
+from ..layers import dynamic_layers
 from .app import app, console, warn
 from .options import (
     AsJson,
@@ -45,7 +46,7 @@ from .samples import Batches
 
 __all__ = ["finetune"]
 
-GATE_EVERY, CLIP = 8, 5.0
+GATE_EVERY, CLIP = 8, 5.0  # gates that a budget by layers has settled need not learn
 FULL = 0.995  # of the dense MACs: a network that computes this much has no budget yet
 
 
@@ -93,13 +94,14 @@ def finetune(
     answers = Answers(ready.dynamic, test)
     target = _set_target(ready.dynamic, target, ready.batches(batch_size, kept), as_json)
     before = CurvePoint(target, *answers.compare(ready.dynamic))
+    layers = dynamic_layers(ready.dynamic).values()
     history = train(
         ready.dynamic,
         _loader(ready, kept, batch_size, flip),
         test,
         epochs=epochs,
         lr=lr,
-        gate_every=GATE_EVERY,
+        gate_every=GATE_EVERY if any(each.gate.settled() is None for each in layers) else 0,
         features=features,
         target=target,
         clip=CLIP,

@@ -77,8 +77,8 @@ def finetune(
         epochs: passes over ``train``.
         lr: peak learning rate; it warms up over the share ``warmup`` of all steps, then falls to 0 as half a cosine.
         gate_lr: of the gates; ``lr`` where None. Gates and vectors have no weight decay.
-        gate_every: gates learn in every so many-th optimizer step. In between they only decide, and a step costs what
-            they leave to compute, see `resting_gates`.
+        gate_every: gates learn in every so many-th optimizer step, 0: never. In between they only decide, and a step
+            costs what they leave to compute, see `resting_gates`.
         target: average executed MACs as a share of the dense network's, in (0, 1]; None: Eq. 6 without a target.
         efficiency: weight of L_e. None: 0.8 for Eq. 6, the paper's; 20 with a target, whose square is small near it.
             0 leaves it out.

@@ -59,16 +59,16 @@ class Settings:
     feature_layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "accumulate", "gate_every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise RedconvertError(f"{name}={getattr(self, name)!r} must be an integer of at least 1")
+        for name, least in (("epochs", 1), ("accumulate", 1), ("gate_every", 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise RedconvertError(f"{name}={getattr(self, name)!r} must be an integer of at least {least}")
         for name in ("lr", "gate_lr", "efficiency", "weight_decay", "features"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RedconvertError(f"{name}={getattr(self, name)!r} must be a number of at least 0")
         if self.features and self.gate_every == 1:
             raise RedconvertError(
                 f"features={self.features!r} is left out of steps in which gates learn, as it would open them whatever "
-                f"that costs, and with gate_every=1 they always do: pass gate_every=8"
+                f"that costs, and with gate_every=1 they always do: pass gate_every=8, or 0 where they need not learn"
             )
         for name in ("temperature", "clip"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
@@ -202,7 +202,8 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         statistics = [buffer.clone() for buffer in self.dynamic.buffers()]
-        learning = step % self.settings.gate_every == 0
+        every = self.settings.gate_every
+        learning = every > 0 and step % every == 0
         try:
             with (
                 nullcontext() if update else self.accelerator.no_sync(self.network),

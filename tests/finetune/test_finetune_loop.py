@@ -81,6 +81,24 @@ def test_gates_learn_in_every_third_step():
     assert again.losses[6] != pytest.approx(history.losses[6], rel=1e-6)
 
 
+def test_gates_never_learn():
+    """Every step is one in which they rest; weights and what rebuilds learn, and cost stays what it was."""
+    dynamic, data = undecided(network()), batches(4, 8)
+    by_hand, before = copy.deepcopy(dynamic).train(), copy.deepcopy(dynamic.state_dict())
+    history = run(dynamic, data, gate_every=0, target=0.6, lr=0.01, efficiency=3.0)
+    (x, labels), teacher = data[0], redconvert.frozen_original(by_hand)
+    with redconvert.resting_gates(by_hand):
+        out = by_hand(x)
+    task = 0.5 * F.cross_entropy(out, labels) + 0.5 * redconvert.distillation_loss(out, teacher(x))
+    assert history.steps[0]["task"] == pytest.approx(float(task), rel=1e-5)
+    now = dynamic.state_dict()
+    moved = {name for name, _ in dynamic.named_parameters() if not torch.equal(now[name], before[name])}
+    assert moved and not any(".gate." in name for name in moved)
+    assert {name.rsplit(".", 1)[-1] for name in moved} >= {"weight", "bias"}
+    for step in history.steps:
+        assert step["loss"] == pytest.approx(step["task"] + 3 * (step["cost"] - 0.6) ** 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("as_list", [True, False])
 def test_validation_reads_every_sample(as_list):
     """Also where the last training batch is short: 4 of 8 samples, of which a list's batches must not be cut."""

@@ -178,7 +178,7 @@ def test_nan_without_a_folder_and_before_the_first_save(tmp_path):
         ({"epochs": 0}, "epochs=0 must be an integer of at least 1"),
         ({"epochs": 1.5}, "epochs=1.5 must be an integer"),
         ({"accumulate": 0}, "accumulate=0 must be an integer"),
-        ({"gate_every": 0}, "gate_every=0 must be an integer"),
+        ({"gate_every": -1}, "gate_every=-1 must be an integer of at least 0"),
         ({"save_every": 0}, "save_every=0 must be at least 1"),
         ({"lr": -1}, "lr=-1 must be a number of at least 0"),
         ({"lr": NAN}, "lr=nan must be a number of at least 0"),
