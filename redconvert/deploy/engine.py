@@ -28,12 +28,14 @@ from .pack import FORM_NAMES
 from .pathways import count_pathways, spread
 from .program import Program
 from .unit import Batch, Seen, Unit
+from .ways import WAYS
 
 __all__ = ["Deployed", "deploy"]
 
 # Of the largest output, in float32 and in half precision: above it a deployed network computes something else.
 TOLERANCE, LOW_TOLERANCE = 1e-3, 0.1
 FORMS = "deploy.json"
+KNOWN_FORMS = (*FORM_NAMES, *WAYS)
 Forms = dict[str, dict[str, str]]
 OUTSIDE = "a deployed network runs fused kernels of its own: there is nothing left to compile in it"
 
@@ -327,7 +329,7 @@ def _read_forms(folder: str | os.PathLike[str]) -> Forms:
             f"to time them again"
         ) from error
     known = isinstance(found, dict) and all(isinstance(each, dict) for each in found.values())
-    if not known or any(form not in FORM_NAMES for each in found.values() for form in each.values()):
+    if not known or any(form not in KNOWN_FORMS for each in found.values() for form in each.values()):
         raise RedconvertError(f"'{path}' holds no forms of a deployed network: leave forms out to time them again")
     return found
 

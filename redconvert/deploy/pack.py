@@ -112,6 +112,11 @@ class PackedConv:
         assert self.form is not None
         return self._runner(self.form, key)(x, residual, means)
 
+    def forget(self) -> None:
+        """Drop what was packed, and all that holds on to it."""
+        self._packed.clear()
+        self._bound.clear()
+
     def gives_means(self) -> bool:
         """Whether it adds the means of its result over H and W, ``(N, T_o, C_out)``, to ``means``."""
         return self.form == "channels" or (self.form is None and "channels" in self.forms())

@@ -41,7 +41,7 @@ class Path:
     reduced: Reduced | None
     filling: Filling | None
     channels: int
-    _known: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _known: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(
         self,
@@ -65,6 +65,12 @@ class Path:
         means = self._room_for_means(x, -(-num_frames // stride)) if gives else None
         y = self._compute(x, residual, activation, overwrite, means, into)
         return y if stride == 1 and means is None else Frames(y, stride, num_frames, means)
+
+    def forget(self) -> None:
+        """Drop packed weights; they are packed again if they are needed."""
+        for packed in (self.packed, *((self.reduced.mixing, self.reduced.cheap) if self.reduced is not None else ())):
+            if packed is not None:
+                packed.forget()
 
     def _fits(self, residual: Value | None) -> bool:
         """Whether a residual holds the frames that are computed."""

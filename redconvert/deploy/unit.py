@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,9 @@ from .kernels import Filling
 from .pack import Filter, PackedConv
 from .path import Path, Value
 from .reduced import Reduced, build_filling, reduce
-from .taps import reading
+from .taps import Reading, reading
 from .vectors import ACTIVATIONS
+from .ways import Either, whole_filter
 
 __all__ = ["Batch", "Fork", "Seen", "Unit"]
 
@@ -100,7 +101,8 @@ class Unit(nn.Module):
         self.baked: Decision | None = None
         self._packs: dict[str, PackedConv] = {}
         self._shapes: dict[torch.Size, torch.Size] = {}
-        self._paths: dict[tuple[Decision, bool, int, int], Path | None] = {}
+        self._paths: dict[tuple[Decision, bool, int, int], Path | Either | None] = {}
+        self._either: dict[str, Either] = {}
         self._filters: dict[tuple[int, int, bool], Filter] = {}
         self._reduced: dict[tuple[int, int], Reduced] = {}
         self._fillings: dict[tuple[int, int], Filling | None] = {}
@@ -141,7 +143,8 @@ class Unit(nn.Module):
 
     def chosen_forms(self) -> dict[str, str]:
         """The form of each convolution that was packed, by key."""
-        return {key: packed.form for key, packed in self._packs.items() if packed.form is not None}
+        ways = {f"{key} or parts": either.way for key, either in self._either.items() if either.way is not None}
+        return {key: packed.form for key, packed in self._packs.items() if packed.form is not None} | ways
 
     # -- decide ----------------------------------------------------------------------------------------
 
@@ -309,20 +312,31 @@ class Unit(nn.Module):
         """Whether a gate will read the mean of the result; on a GPU they average themselves."""
         return self.feeds_gate and self.batch.gates_run and not self.filter.weight.is_cuda
 
-    def _path(self, decision: Decision, alone: bool, stride: int, num_frames: int) -> Path | None:
+    def _path(self, decision: Decision, alone: bool, stride: int, num_frames: int) -> Path | Either | None:
         """What a decision does with clips that hold every ``stride``-th frame; None where it needs all of them."""
         i, j = decision.channel, decision.temporal
         base = self._base(i, decision.source, alone)
         skip = self.layer.candidates.strides[j] if self.gate is not None else 1
-        read = reading(base, skip, num_frames, stride, self._filling(j) is None)
-        path = None
+        clips = skip, num_frames, stride, self._filling(j) is None
+        read = reading(base, *clips)
+        path: Path | Either | None = None
         if read is not None:
-            packed = self.pack(read.filter, _key(decision, alone, read.filter))
+            key = _key(decision, alone, read.filter)
             channel, reduced = (i, None) if alone else (0, self._reduce(i, decision.source) if i else None)
             channels = self.layer.candidates.channels[channel] if channel else self.channels
-            path = Path(read, packed, reduced, self._filling(j, channel), channels)
+            path = Path(read, self.pack(read.filter, key), reduced, self._filling(j, channel), channels)
+            whole = None if reduced is None else whole_filter(self, i, decision.source)
+            if whole is not None:
+                path = self._or_whole(path, reading(whole, *clips), f"{key}, whole")
         self._paths[decision, alone, stride, num_frames] = path
         return path
+
+    def _or_whole(self, parts: Path, read: Reading | None, key: str) -> Either:
+        """A path or, if that is faster, one that convolves the same frames once."""
+        assert read is not None
+        whole = replace(parts, read=read, packed=self.pack(read.filter, key), reduced=None)
+        self._either[key] = Either(parts, whole, self.forms.get(f"{key} or parts"))
+        return self._either[key]
 
     def _base(self, channel: int, source: int, alone: bool) -> Filter:
         """What a decision convolves with: the norm is in it where nothing stands between."""

@@ -24,7 +24,16 @@ from .routing import Decision, group_samples, route, sample_rows, select
 if TYPE_CHECKING:
     from .base import DynamicConv
 
-__all__ = ["compose", "composes", "convolve_learning", "resting", "run_masked", "trained_candidate"]
+__all__ = [
+    "BALANCE",
+    "compose",
+    "composes",
+    "convolve_learning",
+    "resting",
+    "run_masked",
+    "saved_per_pass",
+    "trained_candidate",
+]
 
 # Multiply-adds in the time in which a number is read or written. A CPU with AVX-512 trains ResNet-56 fastest with 25 in
 # float32 and with 40 or more in bfloat16; for GPUs it is what an H100's data sheet promises, halved, and not measured.
@@ -72,19 +81,24 @@ def composes(layer: DynamicConv, channel: int) -> bool:
     That multiplies as much as the full one and passes over memory once; in parts a candidate mixes, convolves, rebuilds
     and sorts, each a pass of its own, forward and backward. Which is faster is the device's balance of the two.
     """
-    if not channel or not layer.training or layer.learns or not layer.rebuilds or layer.groups > 1:
+    if not channel or not layer.training or layer.learns:
         return False
-    op = layer.cheap_c.op(channel)  # type: ignore[union-attr]
-    if not op.composes:
-        return False
+    saved = saved_per_pass(layer, channel)
+    return saved is not None and saved <= BALANCE.get(layer.weight.device.type, BALANCE["cpu"])
+
+
+def saved_per_pass(layer: DynamicConv, channel: int) -> float | None:
+    """Multiply-adds that a reduced candidate saves per number that its parts read or write more; None: no `compose`."""
+    if layer.cheap_c is None or not layer.rebuilds or layer.groups > 1 or not layer.cheap_c.op(channel).composes:
+        return None
     outputs, inputs, *kernel = layer.weight.shape
-    kept, read, passes, parts = layer.candidates.channels[channel], inputs, PASSES * outputs, op.macs_per_position
+    kept, read, passes = layer.candidates.channels[channel], inputs, PASSES * outputs
+    parts = layer.cheap_c.op(channel).macs_per_position
     if layer.mixed_in is not None:
         read, positions = layer.mixed_in.channels[channel], math.prod(layer.stride)
         passes += PASSES * inputs * positions
         parts += layer.mixed_in.macs_per_position(channel) * positions
-    saved = (outputs * inputs - kept * read) * math.prod(kernel) - parts
-    return saved <= BALANCE.get(layer.weight.device.type, BALANCE["cpu"]) * passes
+    return ((outputs * inputs - kept * read) * math.prod(kernel) - parts) / passes
 
 
 def compose(layer: DynamicConv, channel: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
