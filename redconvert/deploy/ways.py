@@ -34,10 +34,10 @@ CLEARLY = 0.97  # parts often know the means that a gate would have to take
 def whole_filter(unit: Unit, channel: int, source: int) -> Filter | None:
     """What gives all channels of candidate ``channel`` at once, norm included; None where parts are faster for sure.
 
-    On a GPU, which is not timed here, parts stay.
+    Other devices than a CPU, which are not timed here, keep to parts.
     """
     layer = unit.layer
-    saved = None if layer.weight.is_cuda else saved_per_pass(layer, channel)
+    saved = saved_per_pass(layer, channel) if layer.weight.is_cpu else None
     if saved is None or saved > PLAUSIBLE * BALANCE["cpu"]:
         return None
     filter = absorbed_filter(layer, unit.filter, source)
