@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,6 +48,11 @@ class Filter:
     @property
     def kernel(self) -> Triple:
         return self.weight.shape[2], self.weight.shape[3], self.weight.shape[4]
+
+    def output_sizes(self, sizes: Iterable[int]) -> list[int]:
+        """T, H and W of the result for those of the input."""
+        geometry = zip(sizes, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
 
     def scaled(self, scale: Tensor, shift: Tensor) -> Filter:
         """Followed by ``scale * y + shift`` per channel."""

@@ -151,11 +151,6 @@ class Path:
         return reduced.assembly(to_rows(y), rebuilt, residual, relu, means, place)
 
 
-def _like(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Of the type of x and of these sizes, without memory."""
-    return x.new_empty(1).expand(*sizes, 1)
-
-
 def _room_of(residual: Tensor | None, overwrite: bool) -> Tensor | None:
     """Where a sum may be written: over its residual, but not on a GPU, where a kernel may be tried more than once."""
     return residual if overwrite and residual is not None and not residual.is_cuda else None

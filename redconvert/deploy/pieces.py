@@ -37,9 +37,7 @@ class Piece(NamedTuple):
 
 def output_sizes(read: Reading, x: Tensor) -> tuple[int, int, int, int]:
     """N, T, H and W of what ``read.filter`` makes of x ``(N, C, T', H, W)``."""
-    f, held = read.filter, (x.shape[2] + read.before + read.after, *x.shape[3:])
-    geometry = zip(held, f.kernel, f.stride, f.padding, f.dilation, strict=True)
-    T, H, W = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in geometry)
+    T, H, W = read.filter.output_sizes((x.shape[2] + read.before + read.after, *x.shape[3:]))
     return len(x), T, H, W
 
 
@@ -54,7 +52,7 @@ def pieces(read: Reading, sizes: tuple[int, int, int, int], frame_bytes: int) ->
     samples, frames = sizes[:2]
     size = max(LEAST, -(-frame_bytes * samples * frames // MOST))
     together = max(size // max(frame_bytes, 1), 1)  # frames
-    if together < frames and not (read.filter.padding[0] or read.before or read.after):
+    if together < frames and not read.pads_time:
         parts = list(pairwise([*range(0, frames, together), frames]))
         return [_piece(read, (n, n + 1), part) for n in range(samples) for part in parts]
     bounds = [*range(0, samples, max(together // frames, 1)), samples]
@@ -64,7 +62,7 @@ def pieces(read: Reading, sizes: tuple[int, int, int, int], frame_bytes: int) ->
 def _piece(read: Reading, samples: tuple[int, int], frames: tuple[int, int]) -> Piece:
     f = read.filter
     reads = slice(None)  # with what pads it
-    if not (f.padding[0] or read.before or read.after):
+    if not read.pads_time:
         first, last = frames[0] * f.stride[0], (frames[1] - 1) * f.stride[0]
         reads = slice(first, last + f.dilation[0] * (f.kernel[0] - 1) + 1)
     return Piece(slice(*samples), slice(*frames), reads)

@@ -30,6 +30,11 @@ class Reading:
     before: int = 0
     after: int = 0
 
+    @property
+    def pads_time(self) -> bool:
+        """Whether outputs read frames that are not there."""
+        return bool(self.filter.padding[0] or self.before or self.after)
+
     def padded(self, x: Tensor) -> Tensor:
         """The input ``(N, C, T', H, W)`` that ``filter`` takes."""
         if not (self.before or self.after):

@@ -285,10 +285,7 @@ class Unit(nn.Module):
 
     def _output_shape(self, shape: torch.Size) -> torch.Size:
         if shape not in self._shapes:
-            f = self.filter
-            geometry = zip(shape[2:], f.kernel, f.stride, f.padding, f.dilation, strict=True)
-            sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in geometry]
-            self._shapes[shape] = torch.Size((shape[0], len(f.weight), *sizes))
+            self._shapes[shape] = torch.Size((shape[0], self.channels, *self.filter.output_sizes(shape[2:])))
         return self._shapes[shape]
 
     def _run(
