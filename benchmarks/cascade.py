@@ -17,7 +17,8 @@ import json
 from pathlib import Path
 
 import torch
-from cifar import HELD_OUT, MIXED, accuracy, asking_again, convert, images, resnet56
+from asking import asking_again
+from cifar import HELD_OUT, MIXED, accuracy, convert, images, resnet56
 from common import RESULTS, environment, write
 from plots import cascades_against_macs
 

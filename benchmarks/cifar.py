@@ -9,21 +9,16 @@ Fetch both once into a folder of your own:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from asking import answers, right
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from training import is_dynamic
 
 import redconvert
-from redconvert.cascade import margin
-from redconvert.cost import dense_macs
-from redconvert.evaluate import spread_of_macs
 
 
 class BasicBlock(nn.Module):
@@ -78,7 +73,6 @@ def images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return pixels.float() / 255, torch.tensor(labels).flatten()
 
 
-BLEND = 0.3  # of the first answer in that of a network that is asked again and right more often
 HELD_OUT = 1000  # of the last test images: without labels they say how unsure is too unsure, and are not tested on
 
 # Channels that are left out where one convolution alone reads them, and else rebuilt: full, 3/4, half or 1/4.
@@ -144,66 +138,4 @@ def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def accuracy(model: nn.Module, pixels: Tensor, labels: Tensor) -> float:
     """Share of right answers."""
-    return _right(_answers(model, pixels).argmax(1), labels)
-
-
-def asking_again(
-    little: nn.Module,
-    held_out: list[Tensor],
-    test: tuple[Tensor, Tensor],
-    totals: Sequence[float],
-    big: nn.Module | None = None,
-) -> dict[str, Any]:
-    """The first pass alone, and `redconvert.cascade` at each total budget that it leaves room for.
-
-    Args:
-        little: a dynamic network, or a pruned one.
-        held_out: batches without labels that choose the thresholds; not the test images.
-        totals: shares of the dense multiply-adds; so are the costs, which are those of the test images.
-        big: what is asked again; None: the network itself, dense.
-    """
-    pixels, labels = test
-    alone = _share_of_macs(little, pixels[:500], big)
-    first = _answers(little, pixels)
-    right = _right(first.argmax(1), labels)
-    row: dict[str, Any] = {"alone": {"accuracy": right, "share_of_dense_macs": round(alone, 4)}}
-    with redconvert.disabled(little) if big is None else nullcontext():
-        second = _answers(little if big is None else big, pixels)
-    sure = margin(first)
-    for total in totals:
-        if total <= alone:
-            continue
-        threshold = float(redconvert.cascade(little, held_out, total, big=big).threshold)
-        again = sure < threshold
-        asked = float(again.double().mean())
-        # What the cascade gives, with fewer passes: the second answer alone, and blended with the first.
-        answers, blended = (
-            torch.where(again, scores.argmax(1), first.argmax(1)) for scores in (second, second.lerp(first, BLEND))
-        )
-        row[str(total)] = {
-            "accuracy": _right(answers, labels),
-            "blended": _right(blended, labels),
-            "share_of_dense_macs": round(alone + asked, 4),
-            "asked_again": round(asked, 4),
-            "threshold": round(threshold, 4),
-        }
-    return row
-
-
-def _share_of_macs(little: nn.Module, pixels: Tensor, big: nn.Module | None) -> float:
-    """Mean executed multiply-adds of the first pass, as a share of the dense network's."""
-    if is_dynamic(little):
-        spread = spread_of_macs(little, list(pixels.split(100)))
-        return spread.mean / float(spread.dense.mean())
-    if big is None:
-        raise ValueError("a network without dynamic layers has no dense form of its own to ask: pass big")
-    return dense_macs(little, pixels[:1]).total / dense_macs(big, pixels[:1]).total
-
-
-@torch.no_grad()
-def _answers(model: nn.Module, pixels: Tensor) -> Tensor:
-    return torch.cat([model(x) for x in pixels.split(500)])
-
-
-def _right(answers: Tensor, labels: Tensor) -> float:
-    return float((answers == labels).double().mean())
+    return right(answers(model, pixels).argmax(1), labels)

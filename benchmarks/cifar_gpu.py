@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import MIXED, accuracy, asking_again, images, resnet56
+from asking import asking_again
+from cifar import MIXED, accuracy, images, resnet56
 from cifar_resnet56 import FEATURES, TOTALS, Setting, budgeted, dynamic, measure, over_seeds, spread, summary
 from cifar_resnet56 import ROWS as STARTS
 from common import RESULTS, environment, write

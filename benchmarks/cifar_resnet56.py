@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import ABSORBED, HELD_OUT, MIXED, accuracy, asking_again, batches, convert, images, resnet56, vgg16_bn
+from asking import asking_again
+from cifar import ABSORBED, HELD_OUT, MIXED, accuracy, batches, convert, images, resnet56, vgg16_bn
 from common import RESULTS, environment, write
 from torch import nn
 from training import is_dynamic, train
@@ -46,8 +47,8 @@ TOTALS = (0.35, 0.4, 0.45, 0.48, 0.49, 0.5, 0.55, 0.6, 0.65, 0.7)
 class Candidate:
     """A network before training: how it runs, what its gates pay, and whether it asks the original where unsure.
 
-    ``features``: the weight of what it misses of the original's features. ``efficiency``: the weight of L_e; None: what
-    the schedule says, where there is a target.
+    ``features``: the weight of what it misses of the original's features; ``fades``: it goes down with the learning
+    rate. ``efficiency``: the weight of L_e; None: what the schedule says, where there is a target.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Candidate:
     target: float | None = None
     asks: bool = False
     features: float = 0.0
+    fades: bool = False
     efficiency: float | None = None
 
     @property
@@ -97,6 +99,7 @@ def budgeted(
     setting: Setting,
     target: float,
     features: float = 0.0,
+    fades: bool = False,
     efficiency: float | None = None,
     config: dict[str, Any] = ABSORBED,
 ) -> Candidate:
@@ -110,7 +113,7 @@ def budgeted(
     redconvert.calibrate(network, setting.calibration, decisions="gates")
     redconvert.keep_budget(network)
     paid = target if efficiency is None else None
-    return Candidate(network, target=paid, asks=True, features=features, efficiency=efficiency)
+    return Candidate(network, target=paid, asks=True, features=features, fades=fades, efficiency=efficiency)
 
 
 ROWS: dict[str, Callable[[Setting], Candidate]] = {
@@ -130,6 +133,7 @@ ROWS: dict[str, Callable[[Setting], Candidate]] = {
     "dynamic absorbed, features 0.5": partial(budgeted, target=0.5, features=FEATURES),
     "dynamic absorbed, features 0.4": partial(budgeted, target=0.4, features=FEATURES),
     "dynamic mixed, features 0.5": partial(budgeted, target=0.5, features=FEATURES, config=MIXED),
+    "dynamic mixed, fading features 0.5": partial(budgeted, target=0.5, features=30.0, fades=True, config=MIXED),
     "dynamic mixed, features 0.4": partial(budgeted, target=0.4, features=FEATURES, config=MIXED),
     "depgraph 0.5": partial(pruned, share=0.5, method="depgraph"),
     "depgraph_uniform 0.5": partial(pruned, share=0.5, method="depgraph_uniform"),
@@ -217,6 +221,7 @@ def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
         bfloat16=BFLOAT16,
         gate_every=arguments.gate_every,
         features=candidate.features,
+        fades=candidate.fades,
         flips=arguments.flips,
     )
 

@@ -92,11 +92,15 @@ def answer(model: nn.Module, clips: Tensor) -> Tensor:
     return model(clips)
 
 
-def center_clips(split: str, per_class: int) -> list[Tensor]:
-    """Batches of 8 clips ``(8, 3, 16, 160, 160)``, one of a video, shuffled, as the first few stand for all."""
-    data = JHMDB(split=split, per_class=per_class, num_frames=16, size=160, step=2, clips="center")
+def center_clips(split: str, per_class: int, after: int = 0) -> list[Tensor]:
+    """Batches of 8 clips ``(8, 3, 16, 160, 160)``, one of a video, shuffled, as the first few stand for all.
+
+    Those of each class are the ``per_class`` ones that come after the first ``after``.
+    """
+    data = JHMDB(split=split, per_class=after + per_class, num_frames=16, size=160, step=2, clips="center")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-    return list(torch.stack([data[i][0] for i in order]).split(8))
+    kept = [i for i in order if data.labels[:i].count(data.labels[i]) >= after]
+    return list(torch.stack([data[i][0] for i in kept]).split(8))
 
 
 def main() -> None:

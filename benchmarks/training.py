@@ -38,15 +38,17 @@ def train(
     bfloat16: bool = False,
     gate_every: int = 1,
     features: float = 0.0,
+    fades: bool = False,
     flips: bool = False,
 ) -> list[dict[str, float]]:
     """SGD with Nesterov momentum, warm-up and cosine; ``(1 - d) CE + d t^2 KL(teacher) + weight * L_e + v * L_f``.
 
     ``bfloat16`` is for 2D networks: on a CPU with avx512_bf16, torch 2.15 gives I3D's convolutions infinite gradients.
     ``gate_every``: gates learn in every so many-th step, or never (0); in between a step costs what they leave to
-    compute. Dropout rests where there is a teacher. ``features``: v, in steps in which gates rest. ``flips``: what the
-    teacher says is the mean of its answers for an image and its mirror image. Batches are moved to where the network
-    is; on a GPU all are of the same size, and a CUDA graph runs them where gates learn in every step.
+    compute. Dropout rests where there is a teacher. ``features``: v, in steps in which gates rest; with ``fades`` it
+    goes down with the learning rate. ``flips``: what the teacher says is the mean of its answers for an image and its
+    mirror image. Batches are moved to where the network is; on a GPU all are of the same size, and a CUDA graph runs
+    them where gates learn in every step.
     Returns means per epoch; leaves ``model`` in ``eval()``.
     """
     efficiency, missed, device = None, None, device_of(model)
@@ -60,28 +62,28 @@ def train(
     optimizer = build_optimizer("sgd", groups_of(model, lr, gate_lr))
     rates, steps, step = [group["lr"] for group in optimizer.param_groups], epochs * len(loader), 0
     captures, graph, held, found = device.type == "cuda" and gate_every == 1, None, [], torch.zeros(2, device=device)
-    loss_of = partial(
-        _losses, model, teacher, mirrored, distill, temperature, efficiency, weight, bfloat16, missed, features
-    )
+    loss_of = partial(_losses, model, teacher, mirrored, distill, temperature, efficiency, weight, bfloat16, missed)
     history = []
     for _ in range(epochs):
         training_mode(model, freeze_norms, dropout=teacher is None)
         rows = []
         for batch in loader:
             x, y = move_to(batch, device)
+            factor = learning_rate_factor(step, steps, warmup=0.05)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * learning_rate_factor(step, steps, warmup=0.05)
+                group["lr"] = rate * factor
+            weight_now = features * factor if fades else features
             if captures:
                 held = held or [x.clone(), y.clone()]
                 held[0].copy_(x)
                 held[1].copy_(y)
-                graph = graph or redconvert.CapturedPasses(partial(loss_of, *held, found), model, optimizer)
+                graph = graph or redconvert.CapturedPasses(partial(loss_of, weight_now, *held, found), model, optimizer)
                 graph()
             else:
                 optimizer.zero_grad(set_to_none=True)
                 rests = is_dynamic(model) and (not gate_every or (efficiency is not None and step % gate_every > 0))
                 with redconvert.resting_gates(model) if rests else nullcontext():
-                    loss_of(x, y, found)
+                    loss_of(weight_now, x, y, found)
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             rows.append(dict(zip(("task", "cost")[: 1 + (efficiency is not None)], found.tolist(), strict=False)))

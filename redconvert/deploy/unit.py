@@ -19,9 +19,9 @@ from .kernels import Filling
 from .pack import Filter, PackedConv
 from .path import Path, Value
 from .reduced import Reduced, build_filling, reduce
-from .taps import Reading, reading
+from .taps import reading
 from .vectors import ACTIVATIONS
-from .ways import Either, whole_filter
+from .ways import Undecided, whole_filter
 
 __all__ = ["Batch", "Fork", "Seen", "Unit"]
 
@@ -101,8 +101,8 @@ class Unit(nn.Module):
         self.baked: Decision | None = None
         self._packs: dict[str, PackedConv] = {}
         self._shapes: dict[torch.Size, torch.Size] = {}
-        self._paths: dict[tuple[Decision, bool, int, int], Path | Either | None] = {}
-        self._either: dict[str, Either] = {}
+        self._paths: dict[tuple[Decision, bool, int, int], Path | Undecided | None] = {}
+        self._ways: dict[str, str] = {}  # parts or whole, by the key of the latter's packed convolution
         self._filters: dict[tuple[int, int, bool], Filter] = {}
         self._reduced: dict[tuple[int, int], Reduced] = {}
         self._fillings: dict[tuple[int, int], Filling | None] = {}
@@ -143,7 +143,7 @@ class Unit(nn.Module):
 
     def chosen_forms(self) -> dict[str, str]:
         """The form of each convolution that was packed, by key."""
-        ways = {f"{key} or parts": either.way for key, either in self._either.items() if either.way is not None}
+        ways = {_choice(key): way for key, way in self._ways.items()}
         return {key: packed.form for key, packed in self._packs.items() if packed.form is not None} | ways
 
     # -- decide ----------------------------------------------------------------------------------------
@@ -303,37 +303,54 @@ class Unit(nn.Module):
         path = self._paths[key] if key in self._paths else self._path(*key)
         if path is None:  # needs frames that are not held
             return self._run(full(x), residual, decision, activation, overwrite, alone, into)
-        return path(held, residual, activation, overwrite, self.feeds_mean or self._pools(), into)
+        pools = self.feeds_mean or self._pools()
+        if isinstance(path, Undecided):
+            path = self._paths[key] = self._decided(path, path.faster(held, residual, activation, pools))
+        return path(held, residual, activation, overwrite, pools, into)
 
     def _pools(self) -> bool:
         """Whether a gate will read the mean of the result; on a GPU they average themselves."""
         return self.feeds_gate and self.batch.gates_run and not self.filter.weight.is_cuda
 
-    def _path(self, decision: Decision, alone: bool, stride: int, num_frames: int) -> Path | Either | None:
+    def _path(self, decision: Decision, alone: bool, stride: int, num_frames: int) -> Path | Undecided | None:
         """What a decision does with clips that hold every ``stride``-th frame; None where it needs all of them."""
         i, j = decision.channel, decision.temporal
         base = self._base(i, decision.source, alone)
         skip = self.layer.candidates.strides[j] if self.gate is not None else 1
         clips = skip, num_frames, stride, self._filling(j) is None
         read = reading(base, *clips)
-        path: Path | Either | None = None
+        path: Path | Undecided | None = None
         if read is not None:
             key = _key(decision, alone, read.filter)
             channel, reduced = (i, None) if alone else (0, self._reduce(i, decision.source) if i else None)
             channels = self.layer.candidates.channels[channel] if channel else self.channels
             path = Path(read, self.pack(read.filter, key), reduced, self._filling(j, channel), channels)
-            whole = None if reduced is None else whole_filter(self, i, decision.source)
-            if whole is not None:
-                path = self._or_whole(path, reading(whole, *clips), f"{key}, whole")
+            if reduced is not None:
+                path = self._or_whole(path, decision, clips, f"{key}, whole")
         self._paths[decision, alone, stride, num_frames] = path
         return path
 
-    def _or_whole(self, parts: Path, read: Reading | None, key: str) -> Either:
-        """A path or, if that is faster, one that convolves the same frames once."""
+    def _or_whole(
+        self, parts: Path, decision: Decision, clips: tuple[int, int, int, bool], key: str
+    ) -> Path | Undecided:
+        """A path, or one that convolves the same frames once, as was found before; both, where that is to be found."""
+        way = self._ways.get(key) or self.forms.get(_choice(key))
+        if way is not None:
+            self._ways[key] = way
+        filter = None if way == "parts" else whole_filter(self, decision.channel, decision.source)
+        if filter is None:
+            return parts
+        read = reading(filter, *clips)
         assert read is not None
         whole = replace(parts, read=read, packed=self.pack(read.filter, key), reduced=None)
-        self._either[key] = Either(parts, whole, self.forms.get(f"{key} or parts"))
-        return self._either[key]
+        return Undecided(parts, whole, key) if way is None else whole
+
+    def _decided(self, paths: Undecided, way: str) -> Path:
+        self._ways[paths.key] = way
+        if way == "whole":
+            return paths.whole
+        self._packs.pop(paths.key)  # parts may serve other paths, too, and stay
+        return paths.parts
 
     def _base(self, channel: int, source: int, alone: bool) -> Filter:
         """What a decision convolves with: the norm is in it where nothing stands between."""
@@ -379,3 +396,8 @@ def _key(decision: Decision, alone: bool, filter: Filter) -> str:
     read = f" of {decision.source}" if decision.source else ""
     what = f"{decision.channel}{' alone' * alone}{read}"
     return f"{what}: {filter.kernel[0]} taps, stride {filter.stride[0]}, padding {filter.padding[0]}"
+
+
+def _choice(key: str) -> str:
+    """What a choice between the whole and its parts is called among the forms."""
+    return f"{key} or parts"

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..layers.training import BALANCE, compose, saved_per_pass
+from ..layers.composed import BALANCE, compose, saved_per_pass
 from .absorbed import absorbed_filter
-from .frames import Place
 from .pack import Filter
-from .path import Path, Value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .path import Path, Value
     from .unit import Unit
 
-__all__ = ["WAYS", "Either", "whole_filter"]
+__all__ = ["WAYS", "Undecided", "whole_filter"]
 
 WAYS = ("parts", "whole")
 PLAUSIBLE = 2.0  # times the balance at which both take as long in training: beyond it parts are not even doubted
@@ -46,43 +45,29 @@ def whole_filter(unit: Unit, channel: int, source: int) -> Filter | None:
         return replace(filter, weight=weight, bias=bias).scaled(unit.scale, unit.shift)
 
 
-@dataclass(eq=False)
-class Either:
-    """Two paths to the same result, of which the first call takes the faster one.
+@dataclass(frozen=True, eq=False)
+class Undecided:
+    """Two paths to the same result, until the first call has timed both.
 
     Attributes:
-        parts, whole: the paths; way: the one that is taken, None until both were timed.
+        parts, whole: the paths.
+        key: of the packed convolution that does the whole.
     """
 
     parts: Path
     whole: Path
-    way: str | None = None
+    key: str
 
-    def __call__(
-        self,
-        x: Tensor,
-        residual: Value | None,
-        activation: str,
-        overwrite: bool = False,
-        pools: bool = False,
-        into: Place | None = None,
-    ) -> Value:
-        """See `Path`."""
-        if self.way is None:
-            self.way = self._faster(x, residual, activation, pools)
-        return self._path(self.way)(x, residual, activation, overwrite, pools, into)
-
-    def _path(self, way: str) -> Path:
-        return self.parts if way == "parts" else self.whole
-
-    def _faster(self, x: Tensor, residual: Value | None, activation: str, pools: bool) -> str:
+    def faster(self, x: Tensor, residual: Value | None, activation: str, pools: bool) -> str:
+        """Which of WAYS takes less time for this call, see `Path`; the other one's packed weights are dropped."""
+        paths = dict(zip(WAYS, (self.parts, self.whole), strict=True))
         times: dict[str, list[float]] = {way: [] for way in WAYS}
         for _ in range(TRIALS):
             for way, found in times.items():
                 begin = time.perf_counter()
-                self._path(way)(x, residual, activation, False, pools)  # trials overwrite nothing
+                paths[way](x, residual, activation, pools=pools)  # trials overwrite nothing
                 found.append(time.perf_counter() - begin)
         parts, whole = (min(found[1:]) for found in times.values())
-        faster = "whole" if whole < CLEARLY * parts else "parts"
-        self._path("parts" if faster == "whole" else "whole").forget()
-        return faster
+        way, other = ("whole", "parts") if whole < CLEARLY * parts else ("parts", "whole")
+        paths[other].forget()
+        return way

@@ -16,6 +16,7 @@ from ..errors import RedconvertError
 from .absorb import Absorbed, Handover, Source, mask_absent
 from .candidates import Candidates
 from .cheap import resolve_cheap
+from .composed import compose, composes
 from .frames import FrameRebuild
 from .gate import Gate, GateWeights, candidate_weights
 from .geometry import check_input
@@ -25,7 +26,7 @@ from .rebuild import ChannelRebuild
 from .recipes import Recipe, recipe_of
 from .routing import FULL, Decision, decide, group_samples, route, sample_rows, select
 from .static import run_static
-from .training import compose, composes, convolve_learning, resting, run_masked
+from .training import convolve_learning, resting, run_masked
 
 __all__ = ["DynamicConv", "Observation"]
 

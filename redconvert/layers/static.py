@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .absorb import Choice, pooled_static, static_source
+from .composed import composes
 from .gate import GateWeights, largest_open, one_hot
 from .masked import attach, rebuild_loss, replace_value
 from .routing import FULL, Decision
-from .training import composes, trained_candidate
+from .training import trained_candidate
 
 if TYPE_CHECKING:
     from .base import DynamicConv

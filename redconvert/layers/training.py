@@ -1,13 +1,12 @@
 """How a dynamic convolution trains: with gates that learn, or at the price of inference while they rest.
 
 A gate learns from what every candidate would have given, so that all of them are computed. One that rests
-(`redconvert.resting_gates`) only decides: what its decisions ask for is computed alone, or all by one convolution whose
-filters hold what mixes and rebuilds channels, whichever takes less time.
+(`redconvert.resting_gates`) only decides: what its decisions ask for is computed alone, in parts or as one
+convolution (`composed`), whichever takes less time.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,21 +23,7 @@ from .routing import Decision, group_samples, route, sample_rows, select
 if TYPE_CHECKING:
     from .base import DynamicConv
 
-__all__ = [
-    "BALANCE",
-    "compose",
-    "composes",
-    "convolve_learning",
-    "resting",
-    "run_masked",
-    "saved_per_pass",
-    "trained_candidate",
-]
-
-# Multiply-adds in the time in which a number is read or written. A CPU with AVX-512 trains ResNet-56 fastest with 25 in
-# float32 and with 40 or more in bfloat16; for GPUs it is what an H100's data sheet promises, halved, and not measured.
-BALANCE = {"cpu": 30, "cuda": 125}
-PASSES = 4  # over all channels, that parts take more
+__all__ = ["convolve_learning", "resting", "run_masked", "trained_candidate"]
 
 
 def run_masked(
@@ -73,48 +58,6 @@ def resting(layer: DynamicConv, decisions: list[Decision]) -> tuple[list[Decisio
 def _learned(layer: DynamicConv, decisions: list[Decision]) -> int:
     """Of the largest channel candidate that a sample takes: channels that only larger ones compute get no gradient."""
     return trained_candidate(layer, min(d.channel for d in decisions))
-
-
-def composes(layer: DynamicConv, channel: int) -> bool:
-    """Whether a reduced candidate trains as one convolution, see `compose`, while its gate rests.
-
-    That multiplies as much as the full one and passes over memory once; in parts a candidate mixes, convolves, rebuilds
-    and sorts, each a pass of its own, forward and backward. Which is faster is the device's balance of the two.
-    """
-    if not channel or not layer.training or layer.learns:
-        return False
-    saved = saved_per_pass(layer, channel)
-    return saved is not None and saved <= BALANCE.get(layer.weight.device.type, BALANCE["cpu"])
-
-
-def saved_per_pass(layer: DynamicConv, channel: int) -> float | None:
-    """Multiply-adds that a reduced candidate saves per number that its parts read or write more; None: no `compose`."""
-    if layer.cheap_c is None or not layer.rebuilds or layer.groups > 1 or not layer.cheap_c.op(channel).composes:
-        return None
-    outputs, inputs, *kernel = layer.weight.shape
-    kept, read, passes = layer.candidates.channels[channel], inputs, PASSES * outputs
-    parts = layer.cheap_c.op(channel).macs_per_position
-    if layer.mixed_in is not None:
-        read, positions = layer.mixed_in.channels[channel], math.prod(layer.stride)
-        passes += PASSES * inputs * positions
-        parts += layer.mixed_in.macs_per_position(channel) * positions
-    return ((outputs * inputs - kept * read) * math.prod(kernel) - parts) / passes
-
-
-def compose(layer: DynamicConv, channel: int, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``[1; Phi_c] W_i A [1, B]``: the filters that give of the input all channels that candidate i makes of it.
-
-    To mix the input and to rebuild channels are linear operations at each position, and so part of the filters.
-
-    Args:
-        weight: the layer's filters, ``(C_out, C_in, ...)``; bias: ``(C_out)`` or none.
-    """
-    assert layer.cheap_c is not None
-    with torch.autocast(weight.device.type, enabled=False):
-        weight, bias = layer.cheap_c.filters(channel, weight, bias)
-        if layer.mixed_in is not None:
-            weight = layer.mixed_in.compose(channel, layer.mixed_in.filters(channel, weight))
-        return layer.cheap_c.compose(channel, weight, bias)
 
 
 def trained_candidate(layer: DynamicConv, channel: int) -> int:

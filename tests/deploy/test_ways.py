@@ -13,7 +13,6 @@ from deploy_networks import CHEAP, Image, Video, dynamic_from
 import redconvert
 from redconvert.deploy import ways
 from redconvert.deploy.unit import Unit
-from redconvert.deploy.ways import Either
 
 NETWORKS = {"images": (Image, (3, 3, 18, 18)), "clips": (Video, (2, 3, 7, 18, 18))}
 
@@ -37,9 +36,10 @@ def timed(monkeypatch):
     return seconds
 
 
-def paths_of(fast):
-    units = (unit for unit in fast.modules() if isinstance(unit, Unit))
-    return [path for unit in units for path in unit._paths.values() if isinstance(path, Either)]
+def chosen(fast):
+    """By unit and the key of its whole convolution: the way that was chosen."""
+    units = [unit for unit in fast.modules() if isinstance(unit, Unit)]
+    return {(unit, key): way for unit in units for key, way in unit._ways.items()}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -55,8 +55,7 @@ def test_the_same_numbers(timed, name, options, way):
     for channel, temporal in itertools.product(range(2), range(1 + (name == "clips"))):
         with redconvert.forced(fast, channel=channel, temporal=temporal), torch.no_grad():
             torch.testing.assert_close(fast(x), dynamic(x), atol=1e-4, rtol=1e-4)
-    paths = paths_of(fast)
-    assert {path.way for path in paths} == ({way} if options["cheap"] != "depthwise" else set())
+    assert {*chosen(fast).values()} == ({way} if options["cheap"] != "depthwise" else set())
 
 
 def test_bfloat16(timed):
@@ -66,7 +65,7 @@ def test_bfloat16(timed):
     fast = redconvert.deploy(dynamic, x.bfloat16())
     with redconvert.forced(fast, channel=1), torch.no_grad():
         found, wanted = fast(x.bfloat16()).float(), dynamic(x.bfloat16()).float()
-    assert paths_of(fast) and (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+    assert chosen(fast) and (found - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
 @pytest.mark.parametrize(("whole", "wanted"), [(0.9, "whole"), (0.98, "parts"), (1.1, "parts")])
@@ -77,17 +76,21 @@ def test_the_faster_way_is_kept_with_the_network(timed, tmp_path, whole, wanted)
     fast = redconvert.deploy(dynamic_from(Image(), x[:1], cheap="pointwise"), x)
     with redconvert.forced(fast, channel=1), torch.no_grad():
         fast(x)
-        assert {path.way for path in paths_of(fast)} == {wanted}
+        assert {*chosen(fast).values()} == {wanted}
         fast.save(tmp_path)
         saved = json.loads((tmp_path / "deploy.json").read_text())
         assert wanted in {form for forms in saved.values() for form in forms.values()}
         timed["whole"] = 2.0 if wanted == "whole" else 0.1  # another clock, which nobody reads
         again = redconvert.deploy(fast.network, x, forms=tmp_path)
         again(x)
-    assert {path.way for path in paths_of(again)} == {wanted}
+    assert {*chosen(again).values()} == {wanted}
     assert all(again.forms()[unit].items() <= forms.items() for unit, forms in fast.forms().items())
-    for path in paths_of(fast):  # weights of the other way are not kept
-        assert path._path(wanted).packed._packed and not path._path(*{*ways.WAYS} - {wanted}).packed._packed
+    for unit, key in chosen(fast):  # weights of the other way are not kept
+        parts, whole = unit._packs[key.removesuffix(", whole")], unit._packs.get(key)
+        assert bool(parts._packed) is (wanted == "parts")
+        assert (whole is not None and bool(whole._packed)) is (wanted == "whole")
+    if wanted == "parts":  # nor are its filters composed again
+        assert not any(key.endswith(", whole") for unit, _ in chosen(again) for key in unit._packs)
 
 
 def test_parts_are_not_doubted_where_they_save_much(monkeypatch):
@@ -103,5 +106,5 @@ def test_parts_are_not_doubted_where_they_save_much(monkeypatch):
         fast = redconvert.deploy(redconvert.convert(net.eval(), config, example_inputs=x), x)
         with redconvert.forced(fast, channel=1), torch.no_grad():
             fast(x)
-        found[channels] = len(paths_of(fast))
+        found[channels] = len(chosen(fast))
     assert found == {16: 1, 256: 0}

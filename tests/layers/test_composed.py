@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import redconvert
 from redconvert import DynamicConv2d, DynamicConv3d, LayerConfig
-from redconvert.layers import training
+from redconvert.layers import composed
 
 CONV = {2: DynamicConv2d, 3: DynamicConv3d}
 
@@ -22,8 +22,8 @@ CONV = {2: DynamicConv2d, 3: DynamicConv3d}
 @pytest.fixture(autouse=True)
 def parts(monkeypatch):
     """Wherever it can; what is called returns to parts."""
-    monkeypatch.setattr(training, "BALANCE", {"cpu": math.inf})
-    return lambda: monkeypatch.setattr(training, "BALANCE", {"cpu": -math.inf})
+    monkeypatch.setattr(composed, "BALANCE", {"cpu": math.inf})
+    return lambda: monkeypatch.setattr(composed, "BALANCE", {"cpu": -math.inf})
 
 
 def layer_of(dims=3, c=(9, 7), stride=1, num_frames=None, **config):
@@ -69,13 +69,13 @@ def test_as_in_parts(dims, c, stride, bias, kind, mixes, captured, decision, tem
     layer.forced = decision
     x = torch.randn(samples * (frames or 1), c[0], *((5, 6) if dims == 2 else (5, 5, 6)), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "BALANCE", {"cpu": math.inf})
+        patch.setattr(composed, "BALANCE", {"cpu": math.inf})
         reduced = layer.candidates.nearest("channel", decision[0]) > 0
-        assert training.composes(layer.eval(), decision[0]) is False
+        assert composed.composes(layer.eval(), decision[0]) is False
         with redconvert.resting_gates(nn.ModuleList([layer.train()])):
-            assert training.composes(layer, layer.candidates.nearest("channel", decision[0])) is reduced
+            assert composed.composes(layer, layer.candidates.nearest("channel", decision[0])) is reduced
         out, gradients = step(layer, x, captured)
-        patch.setattr(training, "BALANCE", {"cpu": -math.inf})
+        patch.setattr(composed, "BALANCE", {"cpu": -math.inf})
         wanted, wanted_gradients = step(layer, x, captured)
     torch.testing.assert_close(out, wanted)
     assert gradients.keys() == wanted_gradients.keys()
@@ -148,7 +148,7 @@ def test_mixed_precision():
         out, gradients = step(layer, x)
     assert out.dtype == torch.bfloat16 and {g.dtype for g in gradients.values()} == {torch.float32}
     with redconvert.resting_gates(nn.ModuleList([layer])):
-        filters, bias = training.compose(layer, 1, layer.weight, layer.bias)
+        filters, bias = composed.compose(layer, 1, layer.weight, layer.bias)
     assert filters.dtype == torch.float32
     wanted = nn.functional.conv2d(x.bfloat16(), filters.bfloat16(), bias.bfloat16(), padding=1)
     torch.testing.assert_close(out, wanted.detach())
@@ -156,16 +156,16 @@ def test_mixed_precision():
 
 def test_where_passes_cost_more_than_is_saved(monkeypatch):
     """Of 64 channels half saves 9 * 64 * 64 / 2 - 32 * 32 multiply-adds at each position, for four passes over 64."""
-    monkeypatch.setattr(training, "BALANCE", {"cpu": 30})
+    monkeypatch.setattr(composed, "BALANCE", {"cpu": 30})
     layer = layer_of(2, (64, 64), shares=(0.5,))
     saved = 9 * 64 * 64 / 2 - 32 * 32
     with redconvert.resting_gates(nn.ModuleList([layer])):
         for balance, wanted in ((30, False), (saved / 256 - 1, False), (saved / 256, True)):
-            monkeypatch.setattr(training, "BALANCE", {"cpu": balance})
-            assert training.composes(layer, 1) is wanted
+            monkeypatch.setattr(composed, "BALANCE", {"cpu": balance})
+            assert composed.composes(layer, 1) is wanted
     mixing = layer_of(2, (64, 64), shares=(0.5,), mix_inputs=True, stride=2)  # of all four input positions of an output
     saved = 9 * (64 * 64 - 32 * 32) - 32 * 32 - 4 * 32 * 32
     with redconvert.resting_gates(nn.ModuleList([mixing])):
         for balance, wanted in ((saved / (256 + 4 * 256) - 1, False), (saved / (256 + 4 * 256), True)):
-            monkeypatch.setattr(training, "BALANCE", {"cpu": balance})
-            assert training.composes(mixing, 1) is wanted
+            monkeypatch.setattr(composed, "BALANCE", {"cpu": balance})
+            assert composed.composes(mixing, 1) is wanted

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import redconvert
 from redconvert import ConvertConfig
-from redconvert.layers import training
+from redconvert.layers import composed
 from redconvert.layers.training import convolve_learning
 
 CONFIG = {"min_saving": 0, "gate_hidden": 4, "rebuild_weight": 0}
@@ -132,14 +132,14 @@ def flops(model, x):
 
 def test_what_a_step_costs(monkeypatch):
     """Of a and b half of the channels each: b is rebuilt from three, and a computes for the norm what nobody reads."""
-    monkeypatch.setattr(training, "BALANCE", {"cpu": 0})
+    monkeypatch.setattr(composed, "BALANCE", {"cpu": 0})
     model, x = network(2, shares=(0.5,), cheap="pointwise")
     model.a.forced = model.b.forced = (1, None)
     positions = 2 * 4 * 5 * 5  # a multiply-add counts two
     a, b, rebuilt = 3 * 8 * 9 * positions, 4 * 3 * 9 * positions, 3 * 3 * positions
     with redconvert.resting_gates(model):
         assert flops(model, x) == [a + b + rebuilt, a // 2 + 2 * b + 2 * rebuilt]  # the input needs no gradient
-        monkeypatch.setattr(training, "BALANCE", {"cpu": 1000})  # b's filters rebuild what they do not compute
+        monkeypatch.setattr(composed, "BALANCE", {"cpu": 1000})  # b's filters rebuild what they do not compute
         assert flops(model, x) == [a + 2 * b, a // 2 + 4 * b]
     # Masked: all of b's channels, with and without those of a that are not there; but backward, only what is taken.
     assert flops(model, x) == [a + 8 * 6 * 9 * positions + 2 * b + rebuilt, a // 2 + 2 * b]
