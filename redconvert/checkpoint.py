@@ -25,7 +25,7 @@ from .errors import RedconvertError
 from .files import write_bytes_atomic, write_text_atomic
 from .inputs import unwrapped
 from .layers import DynamicConv, dynamic_layers
-from .layers.absorb import link, pairs
+from .layers.absorb import followers, link, pairs
 from .saved import SavedLayer, conv_facts, describe, unpaired
 from .weights import (
     check_fit,
@@ -73,8 +73,8 @@ def save_pretrained(dynamic: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise RedconvertError(f"save_pretrained takes a converted torch.nn.Module, not {type(dynamic).__name__}")
     model = unwrapped(dynamic)
     converted = dynamic_layers(model)
-    readers = pairs(converted)
-    layers = {without_compile(name): describe(name, layer, model, readers) for name, layer in converted.items()}
+    ties = pairs(converted), followers(converted)
+    layers = {without_compile(name): describe(name, layer, model, *ties) for name, layer in converted.items()}
     tensors, shared = _for_disk(model)
     target = Path(folder)
     _prepare(target)
@@ -208,7 +208,8 @@ def from_pretrained(model: M, folder: str | os.PathLike[str], *, inplace: bool =
             layer.convert(modules[name], name)
         for name, layer in layers.items():
             if layer.reader is not None:
-                link(modules[name], modules[layer.reader])
+                following = [modules[other] for other, each in layers.items() if each.source == name]
+                link(modules[name], modules[layer.reader], following)
     except BaseException:
         if any(isinstance(module, DynamicConv) for module in target.modules()):
             revert(target)

@@ -28,6 +28,8 @@ class SavedLayer:
     aliases: tuple[str, ...]
     reader: str | None = None  # the layer that absorbs Phi_c
     reads: tuple[int, ...] | None = None  # channels of each candidate of the layer that this one reads
+    source: str | None = None  # the layer that this one follows
+    carries: tuple[int, ...] | None = None  # channels of each candidate of that layer, of one that is depthwise
 
     def convert(self, conv: nn.Module, name: str) -> DynamicConv:
         return convert_layer(
@@ -39,6 +41,8 @@ class SavedLayer:
             feeds_norm=self.feeds_norm,
             hands_over=self.reader is not None,
             reads=self.reads,
+            carries=self.carries,
+            aside=self.source is not None and self.carries is None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,6 +55,8 @@ class SavedLayer:
             "aliases": list(self.aliases),
             "reader": self.reader,
             "reads": None if self.reads is None else list(self.reads),
+            "source": self.source,
+            "carries": None if self.carries is None else list(self.carries),
         }
 
     @classmethod
@@ -66,21 +72,27 @@ class SavedLayer:
             bool(values["feeds_norm"]),
             dict(values["conv"]),
             tuple(values["aliases"]),
-            *_absorbed(values.get("reader"), values.get("reads")),  # older saves have neither
+            *_tied(values, "reader", "reads"),
+            *_tied(values, "source", "carries"),
         )
 
 
-def _absorbed(reader: Any, reads: Any) -> tuple[str | None, tuple[int, ...] | None]:
-    """The two entries of absorbed channels, if that is what they are."""
-    if not (reader is None or isinstance(reader, str)):
-        raise TypeError(f"reader is {reader!r}")
-    counts = reads is None or (isinstance(reads, list) and all(isinstance(each, int) and each > 0 for each in reads))
-    if not counts:
-        raise TypeError(f"reads is {reads!r}")
-    return reader, None if reads is None else tuple(reads)
+def _tied(values: Mapping[str, Any], name: str, counts: str) -> tuple[str | None, tuple[int, ...] | None]:
+    """Another layer's name and numbers of channels, if that is what they are; older saves have neither."""
+    other, channels = values.get(name), values.get(counts)
+    if not (other is None or isinstance(other, str)):
+        raise TypeError(f"{name} is {other!r}")
+    if channels is None:
+        return other, None
+    if not (isinstance(channels, list) and all(isinstance(each, int) and each > 0 for each in channels)):
+        raise TypeError(f"{counts} is {channels!r}")
+    return other, tuple(channels)
 
 
-def describe(name: str, layer: DynamicConv, model: nn.Module, readers: Mapping[str, str]) -> SavedLayer:
+def describe(
+    name: str, layer: DynamicConv, model: nn.Module, readers: Mapping[str, str], sources: Mapping[str, str]
+) -> SavedLayer:
+    """``readers`` and ``sources``: of `redconvert.layers.absorb.pairs` and `followers`."""
     others = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
     return SavedLayer(
         layer.config,
@@ -91,6 +103,8 @@ def describe(name: str, layer: DynamicConv, model: nn.Module, readers: Mapping[s
         tuple(without_compile(other) for other in others if other != name),
         without_compile(readers[name]) if name in readers else None,
         layer.cheap_in.channels if layer.cheap_in is not None else None,
+        without_compile(sources[name]) if name in sources else None,
+        layer.carried,
     )
 
 
@@ -118,7 +132,18 @@ def unpaired(layers: Mapping[str, SavedLayer]) -> str | None:
         if _channels(layer) != reader.reads or reader.conv.get("in_channels") != reader.reads[0]:
             return f"layer '{layer.reader}' reads {reader.reads} channels, and '{name}' does not hand over these"
         sources[layer.reader] = name
-    alone = next((name for name, layer in layers.items() if layer.reads is not None and name not in sources), None)
+    for name, layer in layers.items():
+        source = layers.get(layer.source or "")
+        if layer.source is None and layer.carries is None:
+            continue
+        counts = layer.reads if layer.carries is None else layer.carries
+        if source is None or source.reader is None or counts != _channels(source):
+            return f"layer '{name}' follows '{layer.source}' with {counts} channels, which does not hand over these"
+        fits = layer.conv.get("in_channels") == counts[0]
+        if not fits or (layer.carries is not None and layer.conv.get("groups") != layer.conv.get("out_channels")):
+            return f"layer '{name}' has {layer.conv.get('in_channels')} channels, which '{layer.source}' does not fit"
+    tied = {*sources, *(name for name, layer in layers.items() if layer.source is not None)}
+    alone = next((name for name, layer in layers.items() if layer.reads is not None and name not in tied), None)
     return None if alone is None else f"layer '{alone}' reads channels that no layer hands over"
 
 

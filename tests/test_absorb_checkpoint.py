@@ -90,3 +90,69 @@ def test_damaged_pairs(saved, layer, entry, value, words):
     with pytest.raises(RedconvertError, match=words):
         redconvert.from_pretrained(model, folder, inplace=True)
     assert not any(isinstance(module, redconvert.DynamicConv3d) for module in model.modules())
+
+
+# -- with others that follow ---------------------------------------------------------------------------
+
+
+class Squeeze(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+def mobile():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8), Squeeze(), nn.ReLU()),
+        *(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    ).eval()
+
+
+@pytest.fixture
+def followed(tmp_path):
+    x = torch.randn(2, 3, 6, 6)
+    dynamic = redconvert.convert(mobile(), redconvert.ConvertConfig(absorb=True, min_saving=0), example_inputs=x)
+    for layer in dynamic_layers(dynamic).values():
+        for parameter in layer.cheap_in.parameters() if layer.cheap_in is not None else ():
+            nn.init.normal_(parameter)
+    dynamic[0].cheap_c.set_order(torch.randperm(8))
+    redconvert.save_pretrained(dynamic, tmp_path)
+    return dynamic, x, tmp_path
+
+
+def test_followers_come_back(followed):
+    dynamic, x, folder = followed
+    again = redconvert.from_pretrained(mobile(), folder)
+    layers = dynamic_layers(again)
+    assert layers["2"].carries is layers["3.fc1"].reads_from is layers["5"].reads_from is layers["0"].hands_to
+    assert layers["3.fc1"].aside and not layers["5"].aside
+    for channel in (0, 1, [0, 1]):
+        with redconvert.forced(dynamic, channel=channel), redconvert.forced(again, channel=channel):
+            assert torch.equal(again(x), dynamic(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "entry", "value", "words"),
+    [
+        ("2", "source", "5", "follows '5' with"),
+        ("2", "source", None, "follows 'None' with"),
+        ("2", "carries", [8, 3], "follows '0' with"),
+        ("2", "carries", "8", "carries is"),
+        ("2", "source", 0, "source is"),
+        ("3.fc1", "source", None, "no layer hands over"),
+        ("3.fc1", "reads", None, "follows '0' with None"),
+        ("5", "carries", [8, 4], "follows 'None' with"),
+    ],
+)
+def test_damaged_followers(followed, layer, entry, value, words):
+    _, _, folder = followed
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["layers"][layer][entry] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(RedconvertError, match=words):
+        redconvert.from_pretrained(mobile(), folder)

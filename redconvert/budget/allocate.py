@@ -43,7 +43,10 @@ class _Step(NamedTuple):
 
 
 def allocate(
-    options: dict[str, list[Choice]], macs: float, sources: Mapping[str, str] | None = None
+    options: dict[str, list[Choice]],
+    macs: float,
+    sources: Mapping[str, str] | None = None,
+    followed: Mapping[str, str] | None = None,
 ) -> dict[str, Choice]:
     """Minimise the sum of harms under ``sum of MACs <= macs``: a knapsack, solved layer after layer.
 
@@ -55,18 +58,24 @@ def allocate(
         options: of each layer.
         macs: the budget.
         sources: by name of the layer that reads, whose channels it reads.
+        followed: by name of a layer that stands between two such, whose channels it carries or also reads.
 
     Returns:
         One choice per layer; the cheapest ones where even those exceed the budget.
     """
-    sources = {reader: source for reader, source in (sources or {}).items() if reader in options and source in options}
-    names, handing = _in_chains(options, sources), set(sources.values())
-    least = [min(choice.cost(s) for choice in options[n] for s in _states(options, sources.get(n))) for n in names]
+    sources, followed = (
+        {name: source for name, source in (each or {}).items() if name in options and source in options}
+        for each in (sources, followed)
+    )
+    names, handing = _in_chains(options, sources, followed), set(sources.values())
+    told = {**followed, **sources}
+    least = [min(choice.cost(s) for choice in options[n] for s in _states(options, told.get(n))) for n in names]
     others = [*accumulate(reversed(least), initial=0.0)][-2::-1]  # what the layers after each need
     zero = torch.zeros(1, dtype=torch.float64)
     steps = [{0: _Step(zero, zero, torch.zeros(3, 1, dtype=torch.long))}]
     for name, reserved in zip(names, others, strict=True):
-        steps.append(_extended(steps[-1], options[name], name in handing, macs - reserved))
+        ends = None if name in followed else name in handing
+        steps.append(_extended(steps[-1], options[name], ends, macs - reserved))
     chosen: dict[str, Choice] = {}
     state, index = 0, -1  # the dearest that fits harms least
     for name, step in zip(reversed(names), reversed(steps), strict=False):
@@ -75,14 +84,15 @@ def allocate(
     return {name: chosen[name] for name in options}
 
 
-def _in_chains(options: dict[str, list[Choice]], sources: Mapping[str, str]) -> list[str]:
-    """Every layer right after the one that it reads."""
+def _in_chains(options: dict[str, list[Choice]], sources: Mapping[str, str], followed: Mapping[str, str]) -> list[str]:
+    """Every layer right after the one that it reads, and those that follow that one."""
     readers = {source: reader for reader, source in sources.items()}
     names: list[str] = []
     for name in options:
-        link: str | None = name if name not in sources else None
+        link: str | None = name if name not in sources and name not in followed else None
         while link is not None:
             names.append(link)
+            names += [follower for follower, source in followed.items() if source == link]
             link = readers.get(link)
     return names
 
@@ -92,15 +102,20 @@ def _states(options: dict[str, list[Choice]], source: str | None) -> set[int]:
     return {0} if source is None else {choice.channel for choice in options[source]}
 
 
-def _extended(before: dict[int, _Step], options: list[Choice], hands_over: bool, limit: float) -> dict[int, _Step]:
-    """All choices so far with each option of one more layer, by the state in which they end."""
+def _extended(
+    before: dict[int, _Step], options: list[Choice], hands_over: bool | None, limit: float
+) -> dict[int, _Step]:
+    """All choices so far with each option of one more layer, by the state in which they end.
+
+    That is the candidate of a layer that hands over its channels, 0 behind others; None: the state stays.
+    """
     found: dict[int, list[_Step]] = {}
     for state, step in before.items():
         index = torch.arange(len(step.costs))
         for number, choice in enumerate(options):
             way = torch.stack([torch.full_like(index, state), index, torch.full_like(index, number)])
             more = _Step(step.costs + choice.cost(state), step.harm + choice.harm, way)
-            found.setdefault(choice.channel if hands_over else 0, []).append(more)
+            found.setdefault(state if hands_over is None else choice.channel * hands_over, []).append(more)
     result = {}
     for state, each in found.items():
         costs, harm, ways = (torch.cat([step[part] for step in each], dim=-1) for part in range(3))

@@ -19,7 +19,7 @@ from ..errors import BudgetTooLowError, RedconvertError
 from ..finetune.loss import EfficiencyLoss
 from ..inputs import call_with, device_of, each_batch, measuring, move_to, unwrapped
 from ..layers import DynamicConv, Observation, dynamic_layers, forced, observed
-from ..layers.absorb import pairs
+from ..layers.absorb import followers, pairs
 from ..layers.gate import Gate
 from ..layers.macs import layer_macs
 from ..layers.modes import undone_on_error
@@ -240,6 +240,7 @@ class _Run:
         widest = max(
             float((layer.gate.beta.detach().abs() + (layer.gate.reach + MARGIN)).max())
             for layer in self.layers.values()
+            if not layer.candidates.is_static
         )
         lowest = self._shifted(widest)
         if lowest.mean() > budget:
@@ -297,12 +298,16 @@ class _Run:
             for name, table in prices.items()
         }
         sources = {reader: source for source, reader in pairs(self.layers).items()}
-        chosen = allocate(options, budget * dense - fixed, sources)
+        followed = followers(self.layers)
+        chosen = allocate(options, budget * dense - fixed, sources, followed)
+        told = {**followed, **sources}
+        read = {name: chosen[told[name]].channel if told.get(name) in chosen else 0 for name in chosen}
+        spent = fixed + sum(choice.cost(read[name]) for name, choice in chosen.items())
+        if spent > budget * dense * (1 + 1e-9):  # no choice of a source suits all that are told of it
+            raise self._too_low(budget, spent / dense, "MACs" if times is None else "time")
         for name, choice in chosen.items():
             _decide(self.layers[name].gate, choice)
         found = {name: choice.harm / 2 for name, choice in chosen.items()}
-        read = {name: chosen[sources[name]].channel if sources.get(name) in chosen else 0 for name in chosen}
-        spent = fixed + sum(choice.cost(read[name]) for name, choice in chosen.items())
         expected = None if times is None else spent / dense
         return self._result(budget, self.costs(), by="layers", harms=found, time=expected)
 

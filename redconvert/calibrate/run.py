@@ -146,6 +146,7 @@ class _Run:
     ) -> None:
         self.layers, self.ridge = layers, ridge
         self.readers = {layers[source]: layers[reader] for source, reader in pairs(layers).items()}
+        self.asides = [layer for layer in layers.values() if layer.aside]
         self.inputs = {layer: layer.mixed_in for layer in layers.values() if layer.mixed_in is not None}
         sizes: dict[nn.Module, int] = {layer: layer.out_channels for layer in layers.values()}
         sizes |= {mixed: layer.in_channels for layer, mixed in self.inputs.items()}
@@ -157,7 +158,7 @@ class _Run:
         self.norms = {layer: modules.get(norm or "") for layer, norm in norms.items()}
         self.mixing = [layer for layer in layers.values() if layer.rebuilds and layer.cheap_c.is_principal]  # type: ignore[union-attr]
         shortcuts = {layer: facts[name].shortcut if name in facts else None for name, layer in layers.items()}
-        changing = [*self.readers.values(), *self.mixing]
+        changing = [*self.readers.values(), *self.asides, *self.mixing]
         self.shortcuts = {layer: modules.get(shortcuts[layer] or "") for layer in changing}
         self.kept: dict[DynamicConv, tuple[float, ...]] = {}  # by mixtures of inputs, as `solve_inputs` says
         # What a unit of variance of each channel is worth behind the norm that follows: weight^2 / variance.
@@ -308,7 +309,7 @@ class _Run:
             reader: AbsorbedMoments(
                 reader, self.ridge, self.norms[reader], samples=self.passes.samples, dense=reduced is None
             )
-            for reader in self.readers.values()
+            for reader in (*self.readers.values(), *self.asides)
         }
         if reduced is not None:
             mixing = (layer for layer in self.mixing if layer not in found)

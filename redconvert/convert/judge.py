@@ -17,15 +17,17 @@ from ..layers.base import ADDED_ATTRIBUTES
 from ..layers.candidates import Candidates
 from ..layers.macs import LayerMacs, layer_macs
 from ..layers.recipes import recipe_of
+from .neighbours import is_depthwise
 from .trace import ConvFacts
 
-__all__ = ["CandidateTimes", "Verdict", "judge", "obstacle", "pair", "reconsider"]
+__all__ = ["CandidateTimes", "Verdict", "follower_options", "judge", "obstacle", "pair", "reconsider"]
 
 # Shapes that stand in where no example says how large a layer's input is: they only decide min_saving.
 NOMINAL_FRAMES, NOMINAL_SIZE = 8, 28
 
-# A reader with fewer of its source's MACs saves next to nothing, and behind activation and pool channels tell less of
-# each other than in front: I3D kept fewer answers with its 7x7x7 stem absorbed by the 1x1x1 behind the pool.
+# A reader, and who follows, with fewer of their source's MACs save next to nothing, and behind activation and pool
+# channels tell less of each other than in front: I3D kept fewer answers with its 7x7x7 stem absorbed by the 1x1x1
+# behind the pool.
 WORTH_ABSORBING = 0.25
 
 _AXES = {"channel": "channels", "temporal": "frames"}
@@ -64,6 +66,8 @@ class Verdict:
             lowest; None where no example says at which shapes it runs.
         times: of its candidates on this device, where they were measured.
         reader: name of the convolution that absorbs its Phi_c and reads what was computed alone.
+        follows: name of the convolution whose channels it carries to their reader, being depthwise, or also reads.
+        follower: how it would decide as such; None where it may not be one.
     """
 
     name: str
@@ -80,11 +84,15 @@ class Verdict:
     lowest_macs: int | None = None
     times: CandidateTimes | None = None
     reader: str | None = None
+    follows: str | None = None
+    follower: LayerConfig | None = None
 
     @property
     def remark(self) -> str:
-        """What to know of it, in words: the reason, and who absorbs its channels."""
-        return "; ".join(filter(None, (self.reason, f"absorbed by {self.reader}" if self.reader else "")))
+        """What to know of it, in words: the reason, who absorbs its channels, and whose it goes along with."""
+        absorbed = f"absorbed by {self.reader}" if self.reader else ""
+        follows = f"has the channels of {self.follows}" if self.follows else ""
+        return "; ".join(filter(None, (self.reason, absorbed, follows)))
 
 
 # -- one layer -----------------------------------------------------------------------------------------
@@ -119,6 +127,8 @@ def judge(
         )
     note = ""
     frames = _output_frames(module, facts, num_frames)
+    if chosen.gate == "hard" and chosen.channel and (is_depthwise(module) or module.groups == 1):
+        verdict = replace(verdict, follower=replace(chosen, temporal=chosen.temporal and frames != 1))
     if chosen.temporal and frames == 1:
         if not chosen.channel:
             return replace(verdict, reason="one output frame: nothing to skip in time")
@@ -170,7 +180,8 @@ def reconsider(
     reason = f"measured: {found} of {times.dense_ms:.2f} ms, min_saving is {min_saving:.0%}"
     if len(failed) == len(savings):
         dense = Verdict(verdict.name, verdict.aliases, verdict.kind, False, reason, None, verdict.facts)
-        return replace(dense, dense_macs=verdict.dense_macs, times=times)
+        follower = None if verdict.follower is None else replace(verdict.follower, temporal=False)
+        return replace(dense, dense_macs=verdict.dense_macs, times=times, follower=follower)
     (left,) = savings.keys() - failed
     kept = replace(verdict.config, channel=left == "channel", temporal=left == "temporal")
     candidates = DynamicConv.plan_candidates(module, kept, verdict.num_frames)
@@ -178,13 +189,25 @@ def reconsider(
     return _accepted(replace(verdict, reason=f"{_AXES[left]} only, {reason}"), kept, candidates, macs)
 
 
-def pair(verdicts: tuple[Verdict, ...], modules: Mapping[str, Any]) -> tuple[Verdict, ...]:
-    """The verdicts, those that ask to be absorbed and can be with the name of their reader."""
-    found = {verdict.name: replace(verdict, reader=None) for verdict in verdicts}
+def pair(
+    verdicts: tuple[Verdict, ...], modules: Mapping[str, Any], alone: Mapping[str, Verdict] | None = None
+) -> tuple[Verdict, ...]:
+    """The verdicts, those that ask to be absorbed and can be with the name of their reader.
+
+    ``alone``: what was found before any were paired, of those that followed one and do not now.
+    """
+    alone = alone or {}
+    found = {verdict.name: replace(verdict, reader=None, follows=None) for verdict in verdicts}
     readers = {name: reader for name, verdict in found.items() if (reader := _reader(verdict, found, modules))}
     sources = {reader: name for name, reader in readers.items()}
+    followed = {each: name for name in readers for each in found[name].facts.followers}
+    for verdict in verdicts:
+        if verdict.follows is not None and verdict.name not in followed:
+            found[verdict.name] = alone.get(verdict.name, found[verdict.name])
+    for name, followed_name in followed.items():
+        found[name] = _following(found[name], found[followed_name], modules[name])
     before = {each for verdict in verdicts if verdict.reader for each in (verdict.name, verdict.reader)}
-    for name in {*readers, *sources, *before}:
+    for name in {*readers, *sources, *before} - {*followed}:
         verdict, source = found[name], found.get(sources.get(name, ""))
         if verdict.config is None:  # measured, and left dense since
             continue
@@ -205,9 +228,28 @@ def _reader(verdict: Verdict, others: Mapping[str, Verdict], modules: Mapping[st
         return None
     ours, theirs = modules[verdict.name], modules[reader.name]
     alike = isinstance(ours, nn.Conv3d) == isinstance(theirs, nn.Conv3d) and verdict.num_frames == reader.num_frames
-    small = (reader.dense_macs or 0) < WORTH_ABSORBING * (verdict.dense_macs or 0)
-    once = verdict.facts.calls == reader.facts.calls == 1 and not verdict.aliases and not reader.aliases
+    followers = [others.get(each) for each in verdict.facts.followers]
+    if any(each is None or each.follower is None for each in followers):
+        return None
+    chain = [verdict, reader, *(each for each in followers if each is not None)]
+    once = all(each.facts.calls == 1 and not each.aliases for each in chain)
+    small = sum(each.dense_macs or 0 for each in chain[1:]) < WORTH_ABSORBING * (verdict.dense_macs or 0)
     return name if alike and once and not small and ours.groups == theirs.groups == 1 else None
+
+
+def _following(verdict: Verdict, source: Verdict, module: nn.Conv2d | nn.Conv3d) -> Verdict:
+    """The verdict on a convolution that carries the channels of ``source``, or also reads them."""
+    config = verdict.follower
+    assert config is not None
+    candidates = DynamicConv.plan_candidates(module, config, source.num_frames).following(is_depthwise(module))
+    macs = _probe(module, config, source.num_frames, verdict.facts, **follower_options(module, source.channels))
+    verdict = replace(verdict, reason="", num_frames=source.num_frames, follows=source.name)
+    return _accepted(verdict, config, candidates, macs)
+
+
+def follower_options(module: Any, channels: Sequence[int]) -> dict[str, Any]:
+    """How a convolution becomes one that follows another, whose candidates compute so many channels."""
+    return {"carries": channels} if is_depthwise(module) else {"reads": channels, "aside": True}
 
 
 def obstacle(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts) -> str | None:
@@ -253,6 +295,8 @@ def _probe(
     facts: ConvFacts,
     hands_over: bool = False,
     reads: Sequence[int] | None = None,
+    carries: Sequence[int] | None = None,
+    aside: bool = False,
 ) -> LayerMacs:
     """MACs of the dynamic layer that this convolution would become, from a copy without numbers."""
     three_d = isinstance(module, nn.Conv3d)
@@ -278,5 +322,7 @@ def _probe(
         gate_frames=shape_in[-3] if three_d else None,
         hands_over=hands_over,
         reads=reads,
+        carries=carries,
+        aside=aside,
     )
     return layer_macs(probe, shape_in, shape_out)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-__all__ = ["is_channelwise", "output_convs", "reader", "shortcut"]
+__all__ = ["is_channelwise", "is_depthwise", "output_convs", "reader", "shortcut", "takes_means"]
 
 # Modules and functions that hand a prediction on without mixing channels: a convolution whose result
 # meets nothing else on its way out is the output layer.
@@ -36,23 +38,79 @@ _CHANNELWISE_MODULES = (
 _CHANNELWISE_NAMES = frozenset(
     {"relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "hardswish", "hardtanh", "mish", "sigmoid", "tanh"}
 )
+_PRODUCTS = frozenset({operator.mul, torch.mul, "mul"})
 _ADDITIONS = frozenset({"add", "add_", "iadd"})
 
 
-def reader(conv: fx.Node, modules: dict[str, nn.Module], names: dict[Any, str]) -> str | None:
-    """The convolution that alone reads a result, behind what treats each channel alone."""
+def reader(conv: fx.Node, modules: dict[str, nn.Module], names: dict[Any, str]) -> tuple[str | None, tuple[str, ...]]:
+    """The convolution that reads a result, behind what treats each channel alone, and those that follow on the way.
+
+    These are depthwise convolutions, which treat each channel alone, too, and in squeeze and excitation the one that
+    reads the channels' means.
+    """
     node, dims = conv, len(modules[str(conv.target)].kernel_size)  # type: ignore[arg-type]
+    followers: list[str] = []
     while not node.meta.get("hooked"):  # a hook sees, or changes, all channels
         users = [user for user in node.users if not _asks_shape(user)]
+        if len(users) == 2 and (found := _product(node, users, modules, names, dims)) is not None:
+            node, squeezed = found
+            followers += squeezed
+            continue
         if len(users) != 1:
-            return None
+            break
         before, node = node, users[0]
         module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if module in names:
-            return names[module]
-        if not is_channelwise(node, before, module, dims):
+        if module is not None and module in names:
+            if not is_depthwise(module):
+                return names[module], tuple(followers)
+            followers.append(names[module])
+        elif not is_channelwise(node, before, module, dims):
+            break
+    return None, ()
+
+
+def _product(
+    node: fx.Node, users: list[fx.Node], modules: dict[str, nn.Module], names: dict[Any, str], dims: int
+) -> tuple[fx.Node, list[str]] | None:
+    """The product of a result with what it says of each channel, and the convolution that reads the channels' means.
+
+    None reads them where each channel speaks for itself, as in ``x * sigmoid(x)``.
+    """
+    product = next((user for user in users if user.target in _PRODUCTS and len(user.all_input_nodes) == 2), None)
+    if product is None or product.kwargs:
+        return None
+    step = next(each for each in product.all_input_nodes if each is not node)
+    way: list[fx.Node] = []
+    while step is not node:
+        if len(step.all_input_nodes) != 1 or len(step.users) != 1 or step.meta.get("hooked"):
             return None
-    return None
+        way.insert(0, step)
+        step = step.all_input_nodes[0]
+    called = [modules.get(str(step.target)) if step.op == "call_module" else None for step in way]
+    if not way:
+        return None
+    before = [node, *way]
+    if all(is_channelwise(step, of, module, dims) for step, of, module in zip(way, before, called, strict=False)):
+        return product, []
+    read = next((names[module] for module in called if module is not None and module in names), None)
+    return (product, [read]) if read is not None and takes_means(way[0], called[0], dims) else None
+
+
+def takes_means(node: fx.Node, module: nn.Module | None, dims: int) -> bool:
+    """Whether a node averages each channel over all of its positions, which stay as axes of one."""
+    if module is not None:
+        pools = isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d)
+        return pools and module.output_size in (1, (1,) * dims)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | dict(node.kwargs)
+    over = given.get("dim")
+    all_of_them = isinstance(over, list | tuple) and {d % (dims + 2) for d in over} == {*range(2, dims + 2)}
+    return name == "mean" and all_of_them and given.get("keepdim") is True
+
+
+def is_depthwise(module: Any) -> bool:
+    """Whether each output channel comes of the input channel of the same number."""
+    return bool(module.groups == module.in_channels == module.out_channels > 1)
 
 
 def shortcut(conv: fx.Node, modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]) -> str | None:

@@ -132,9 +132,10 @@ def make_plan(
     )
     _check_finite(verdicts, layers)
     modules = {name: module for name, (module, _) in layers.items()}
+    alone = {verdict.name: verdict for verdict in verdicts}
     verdicts = pair(verdicts, modules)
     if measure:
-        verdicts = pair(_measured(verdicts, layers, config, rules, progress), modules)
+        verdicts = pair(_measured(verdicts, layers, config, rules, progress), modules, alone)
     return Plan(type(model).__name__, traced.source, verdicts, tuple(traced.functional), traced.problem)
 
 

@@ -13,6 +13,7 @@ from ..errors import RedconvertError
 from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d, dynamic_layers
 from ..layers.absorb import link
 from ..layers.base import ADDED_ATTRIBUTES, ADDED_MODULES
+from .judge import follower_options
 from .plan import make_plan
 
 __all__ = ["convert", "convert_layer", "restore_layer", "revert"]
@@ -59,7 +60,14 @@ def convert(
         raise RedconvertError(f"nothing to convert in {plan.model}: {why}")
     target = model if inplace else copied(model)
     modules = dict(target.named_modules())
-    channels = {verdict.reader: verdict.channels for verdict in plan.converted if verdict.reader is not None}
+    handed = {verdict.name: verdict.channels for verdict in plan.converted if verdict.reader is not None}
+    channels = {verdict.reader: handed[verdict.name] for verdict in plan.converted if verdict.reader is not None}
+    ties = {
+        verdict.name: {"reads": channels.get(verdict.name)}
+        if verdict.follows is None
+        else follower_options(modules[verdict.name], handed[verdict.follows])
+        for verdict in plan.converted
+    }
     done: list[DynamicConv] = []
     try:
         for verdict in plan.converted:
@@ -73,12 +81,13 @@ def convert(
                     gate_frames=verdict.facts.clip_frames,
                     feeds_norm=verdict.facts.feeds_norm,
                     hands_over=verdict.reader is not None,
-                    reads=channels.get(verdict.name),
+                    **ties[verdict.name],
                 )
             )
         for verdict in plan.converted:
             if verdict.reader is not None:
-                link(modules[verdict.name], modules[verdict.reader])
+                followers = [modules[each.name] for each in plan.converted if each.follows == verdict.name]
+                link(modules[verdict.name], modules[verdict.reader], followers)
     except BaseException:
         for layer in done:
             restore_layer(layer)
@@ -96,16 +105,26 @@ def convert_layer(
     feeds_norm: bool = False,
     hands_over: bool = False,
     reads: Sequence[int] | None = None,
+    carries: Sequence[int] | None = None,
+    aside: bool = False,
 ) -> DynamicConv:
     """Turn one Conv2d or Conv3d dynamic in place; it stays the same object with the same parameters.
 
-    One that ``hands_over`` its channels, or ``reads`` those of another, needs `redconvert.layers.absorb.link` after.
+    One that ``hands_over`` its channels, and one that ``reads`` or ``carries`` those of another, needs
+    `redconvert.layers.absorb.link` after.
     """
     conv.__class__ = _dynamic_class(type(conv))
     assert isinstance(conv, DynamicConv)
     try:
         conv.make_dynamic(
-            config, name=name, num_frames=num_frames, gate_frames=gate_frames, hands_over=hands_over, reads=reads
+            config,
+            name=name,
+            num_frames=num_frames,
+            gate_frames=gate_frames,
+            hands_over=hands_over,
+            reads=reads,
+            carries=carries,
+            aside=aside,
         )
         if feeds_norm:
             conv.feeds_norm = True

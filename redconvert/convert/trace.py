@@ -51,7 +51,8 @@ class ConvFacts:
         feeds_norm: only norms read its result, so nothing changes it in place.
         is_output: its result is the network's prediction.
         reader: name of the one convolution that reads its channels, behind nothing but norms, activations, pooling and
-            dropout, which treat each channel alone.
+            dropout, which treat each channel alone, depthwise convolutions, and squeeze and excitation.
+        followers: names of the depthwise convolutions, and of those that read what is squeezed.
         shortcut: name of an earlier convolution whose input is added to its result, behind the norm where it has one.
     """
 
@@ -63,6 +64,7 @@ class ConvFacts:
     feeds_norm: bool = False
     is_output: bool = False
     reader: str | None = None
+    followers: tuple[str, ...] = ()
     shortcut: str | None = None
 
     @property
@@ -240,17 +242,19 @@ def _read_graph(result: Trace, root: nn.Module, prefix: str, graph: fx.Graph, na
         users = [user for node in nodes for user in node.users]
         norms = {user.target for user in users if user.op == "call_module" and isinstance(modules[user.target], _NORMS)}
         feeds_norm = bool(users) and all(user.op == "call_module" and user.target in norms for user in users)
+        read_by, followed_by = reader(nodes[0], modules, names) if len(nodes) == 1 else (None, ())
         result.facts[name] = ConvFacts(
             calls=len(nodes),
             feeds_norm=feeds_norm,
             norm=f"{prefix}{norms.pop()}" if feeds_norm and len(norms) == 1 else None,
             is_output=any(node in outputs for node in nodes),
-            reader=reader(nodes[0], modules, names) if len(nodes) == 1 else None,
+            reader=read_by,
+            followers=followed_by,
             shortcut=shortcut(nodes[0], modules, calls) if len(nodes) == 1 else None,
         )
     for name, facts in result.facts.items():  # a convolution that runs twice reads several tensors
         if facts.reader is not None and len(calls.get(facts.reader, ())) != 1:
-            result.facts[name] = replace(facts, reader=None)
+            result.facts[name] = replace(facts, reader=None, followers=())
 
 
 def _owner(node: fx.Node) -> str:

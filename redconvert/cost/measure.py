@@ -93,7 +93,8 @@ class MacsMeter:
             }
             for key, sums in added.items():
                 added[key] = [a + b for a, b in zip(sums, per_sample(values[key], num_samples), strict=True)]
-            record.decisions.update((decision.channel, decision.temporal) for decision in seen.decisions)
+            # Whoever carries channels computes those that another layer decided about.
+            record.decisions.update((d.source if layer.carried else d.channel, d.temporal) for d in seen.decisions)
         for key, sums in added.items():
             getattr(record, key).extend(sums)
 

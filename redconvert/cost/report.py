@@ -230,7 +230,7 @@ def _layer_report(name: str, layer: DynamicConv, record: LayerRecord, watch: Sto
         input_shape=tuple(record.first.input_shape) if record.first else None,
         output_shape=tuple(record.first.output_shape) if record.first else None,
         calls=record.calls,
-        channels=layer.candidates.channels,
+        channels=layer.carried or layer.candidates.channels,
         frame_strides=layer.candidates.strides,
         dense_macs=round(_mean(record.dense)),
         executed_macs=_mean(record.executed),

@@ -23,8 +23,8 @@ class LayerTimes:
     Attributes:
         dense_ms: of the whole network, with all layers dense.
         rest_ms: of what is in no dynamic layer.
-        layers: by name, ``[i][j][s]``: channel candidate i, temporal candidate j and, where the layer reads what
-            another hands over, that one's channel candidate s.
+        layers: by name, ``[i][j][s]``: channel candidate i, temporal candidate j and, where the layer reads or
+            carries what another hands over, that one's channel candidate s.
         environment: versions, device, threads and date.
     """
 
@@ -75,7 +75,7 @@ class LayerTimes:
 
 
 def _sources(layer: DynamicConv) -> int:
-    return 1 if layer.reads_from is None else len(layer.reads_from.channels)
+    return 1 if layer.told_by is None else len(layer.told_by.channels)
 
 
 def _counts(table: list[list[list[float]]]) -> tuple[int, int, int]:

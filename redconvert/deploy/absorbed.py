@@ -1,32 +1,27 @@
-"""Channels that are handed over, in a deployed network: compact where nobody else sees them, and what reads them."""
+"""Channels that are handed over, in a deployed network: what reads them, alone or in their places among all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from ..convert.neighbours import is_channelwise
 from ..layers import DynamicConv
 from ..layers.absorb import Handover
 from ..layers.routing import select
 from .frames import Frames
-from .pack import Filter, to_rows
-from .pool import Pool
+from .pack import Filter, from_rows, to_rows
 
-if TYPE_CHECKING:
-    from .unit import Unit
-
-__all__ = ["absorbed_filter", "kept_alone", "link_units", "masked_means", "tell_who_hands_over"]
+__all__ = ["absorbed_filter", "kept_alone", "masked_means", "spread_out"]
 
 
 def absorbed_filter(layer: DynamicConv, filter: Filter, source: int) -> Filter:
-    """What a reader convolves with where candidate ``source`` hands over its channels, in their rank order."""
+    """What a layer convolves with where candidate ``source`` hands over its channels, in their rank order."""
     if not source:
         return filter
+    if layer.carries is not None:
+        return filter.pick(layer.carries.kept(source))
     assert layer.cheap_in is not None and layer.reads_from is not None
     weight = filter.weight if isinstance(layer, nn.Conv3d) else filter.weight.squeeze(2)
     with torch.no_grad():
@@ -43,6 +38,15 @@ def kept_alone(x: Tensor | Frames, handover: Handover, source: int) -> Tensor | 
     return x.replaced(select(x.held, 1, kept)) if isinstance(x, Frames) else select(x, 1, kept)
 
 
+def spread_out(y: Tensor | Frames, handover: Handover, source: int) -> Tensor | Frames:
+    """All channels again, zeros where candidate ``source`` has none: what `kept_alone` undoes."""
+    held = y.held if isinstance(y, Frames) else y
+    rows = to_rows(held)
+    out = rows.new_zeros(*rows.shape[:-1], handover.channels[0])
+    out.index_copy_(-1, handover.kept(source), rows)
+    return y.replaced(from_rows(out)) if isinstance(y, Frames) else from_rows(out)
+
+
 def masked_means(x: Tensor | Frames, handover: Handover, candidates: list[int]) -> Tensor:
     """Means of all channels over H and W, ``(N, T', C)``, zeros where samples have none."""
     held, pooled = (x.held, x.pooled) if isinstance(x, Frames) else (x, None)
@@ -54,34 +58,3 @@ def masked_means(x: Tensor | Frames, handover: Handover, candidates: list[int]) 
     else:
         present = present[torch.tensor(candidates, device=pooled.device)]
     return torch.where(present[:, None] > 0, pooled, torch.zeros_like(pooled))
-
-
-def link_units(units: Iterable[Unit]) -> None:
-    """Tell each unit whose layer hands over, or reads, of the other one."""
-    sources = {unit.layer.hands_to: unit for unit in units if getattr(unit.layer, "hands_to", None) is not None}
-    for unit in units:
-        source = sources.get(getattr(unit.layer, "reads_from", None))
-        if source is not None:
-            unit.reads(source)
-
-
-def tell_who_hands_over(graph: fx.Graph, units: dict[str, Unit], modules: dict[str, nn.Module]) -> None:
-    """Units whose reader gets the computed channels alone: nothing in between minds how many there are."""
-    for node in graph.nodes:
-        unit = units.get(str(node.target)) if node.op == "call_module" else None
-        if unit is not None and unit.reader is not None:
-            unit.hands_compact = _reaches(node, unit.reader, units, modules)
-
-
-def _reaches(node: fx.Node, reader: Unit, units: dict[str, Unit], modules: dict[str, nn.Module]) -> bool:
-    dims = 3 if isinstance(reader.layer, nn.Conv3d) else 2
-    while len(node.users) == 1:
-        before, node = node, next(iter(node.users))
-        if node.op == "call_module" and str(node.target) in units:
-            return units[str(node.target)] is reader
-        module = modules.get(str(node.target)) if node.op == "call_module" else None
-        if module is not None and (module._forward_hooks or module._forward_pre_hooks or module.state_dict()):
-            return False  # a hook would see how many channels there are, and what has weights has one for each
-        if not (isinstance(module, Pool) or is_channelwise(node, before, module, dims)):
-            return False
-    return False

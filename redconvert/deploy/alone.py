@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import dynamic_layers
-from .absorbed import link_units
 from .frames import full
 from .fuse import filter_of
+from .handover import link_units
 from .program import on_clips
 from .unit import Batch, Unit
 

@@ -50,7 +50,7 @@ def bake(layer: DynamicConv, channel: int, temporal: int, source: int = 0) -> Pa
     return Parts(
         take=_chain(steps),
         conv=_smaller(layer, channel, computed, temporal, padding, source),
-        rebuild=_rebuild(layer, channel, computed, dropped),
+        rebuild=_spread(layer, source) if layer.carries and source else _rebuild(layer, channel, computed, dropped),
         expand=_expand(layer, temporal),
         candidate=(channel, temporal),
     )
@@ -105,9 +105,9 @@ def _channels_to_take(layer: DynamicConv, computed: Tensor) -> list[nn.Module]:
 
 
 def _channels_to_read(layer: DynamicConv, source: int) -> list[nn.Module]:
-    """What the layer that is read computed."""
-    assert layer.reads_from is not None
-    return [TakeChannels(_in_place(layer.reads_from.kept(source)), len(layer.stride))]
+    """What the layer that hands over computed."""
+    assert layer.told_by is not None
+    return [TakeChannels(_in_place(layer.told_by.kept(source)), len(layer.stride))]
 
 
 def _mixing(layer: DynamicConv, channel: int) -> list[nn.Module]:
@@ -146,7 +146,10 @@ def _smaller(
     """A plain convolution of these ranks; for candidate 0 of all channels, with the layer's own parameters."""
     weight, bias = layer.weight, layer.bias
     full = layer.recipe.weight(layer)
-    if source:
+    if source and layer.carries is not None:
+        there = _in_place(layer.carries.kept(source))
+        full, bias = full[there], None if bias is None else _parameter(bias[there], weight)
+    elif source:
         full, bias = _absorbed(layer, full, source)
     if channel and layer.cheap_c is not None:
         full, kept_bias = layer.cheap_c.filters(channel, full, bias)
@@ -214,6 +217,15 @@ def _rebuild(layer: DynamicConv, channel: int, computed: Tensor, dropped: Tensor
         return JoinChannels(_depthwise(layer, weight, bias, source, len(computed)), index, dims)
     sources = torch.cat([torch.arange(len(computed), device=source.device), source])
     return ScaleChannels(weight, bias, sources[place], place, dims)
+
+
+def _spread(layer: DynamicConv, source: int) -> nn.Module:
+    """Channels that are carried, in their places, and zeros in those of the others."""
+    assert layer.carries is not None
+    kept, dims = layer.carries.kept(source), len(layer.stride)
+    absent = torch.ones(layer.out_channels, dtype=torch.bool, device=kept.device).index_fill(0, kept, False)
+    place = torch.cat([_in_place(kept), absent.nonzero().flatten()]).argsort()
+    return JoinChannels(Zeros(layer.out_channels - len(kept), dims), place, dims)
 
 
 def _depthwise(layer: DynamicConv, weight: nn.Parameter, bias: nn.Parameter, source: Tensor, kept: int) -> nn.Module:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..layers.absorb import Handover
+from ..layers.routing import select
 from . import vectors
 from .frames import Frames, full
 from .pack import to_rows
@@ -35,11 +37,13 @@ class Excite(nn.Module):
 
     Attributes:
         feeds_gate: a dynamic unit reads the result, and wants to know its means.
+        handover: of the convolution whose channels x holds, those alone that were computed; None: it holds all.
     """
 
     def __init__(self, activation: str, batch: Batch) -> None:
         super().__init__()
         self.activation, self.batch, self.feeds_gate = activation, batch, False
+        self.handover: Handover | None = None
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
@@ -47,6 +51,8 @@ class Excite(nn.Module):
     def forward(self, x: Tensor | Frames, scale: Tensor | Frames, overwrite: bool = False) -> Tensor | Frames:
         """``overwrite``: the result may take the place of x in memory."""
         held, by = x.held if isinstance(x, Frames) else x, full(scale)
+        if self.handover is not None and held.shape[1] < by.shape[1]:
+            by = select(by, 1, self.handover.kept(self.handover.channels.index(held.shape[1])))
         clip = held.unsqueeze(2) if held.dim() == 4 else held
         if not self._serves(clip, by):
             return vectors.ACTIVATIONS[self.activation](full(x) * by)

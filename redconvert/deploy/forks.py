@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..convert.neighbours import takes_means
 from ..layers.absorb import Handover, Source
 from ..layers.routing import select
 from . import pointwise
@@ -23,7 +24,12 @@ from .unit import Unit
 
 __all__ = ["Region", "Regions"]
 
-_POOLS_AND_NORMS = (nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d)  # treat every sample of a batch alone, too
+_POOLS_AND_NORMS = (
+    nn.BatchNorm2d,
+    nn.AvgPool2d,
+    nn.MaxPool2d,
+    nn.AdaptiveAvgPool2d,
+)  # treat every sample of a batch alone, too
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,8 @@ class Regions:
             plain = module is not None and not (module._forward_hooks or module._forward_pre_hooks)
             return plain and isinstance(module, (*pointwise.MODULES, *_POOLS_AND_NORMS, Excite))
         pairwise = node.target in pointwise.PAIRWISE and all(isinstance(each, fx.Node) for each in node.args)
-        return node.op in ("call_function", "call_method") and (node.target in pointwise.CALLS or pairwise)
+        alone = node.target in pointwise.CALLS or pairwise or takes_means(node, None, 2)
+        return node.op in ("call_function", "call_method") and alone
 
     # -- values ----------------------------------------------------------------------------------------
 

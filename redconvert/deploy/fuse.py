@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from ..layers import DynamicConv
 from ..layers.recipes import Recipe, recipe_of
-from .absorbed import link_units, tell_who_hands_over
 from .excite import Excite, Squeeze
 from .frames import GATES
+from .handover import link_units, tell_who_hands_over
 from .pack import Filter
 from .pool import Pool
 from .unit import Batch, Unit
@@ -65,7 +65,7 @@ def fuse(
     _tell_who_feeds_gates(graph, units, excites)
     pools = _fuse_pools(graph, modules)
     link_units(units.values())
-    tell_who_hands_over(graph, units, {**modules, **pools})
+    tell_who_hands_over(graph, units, {**modules, **pools, **excites})
     return {**units, **excites, **squeezes, **pools}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert.judge import CandidateTimes, Verdict
+from ..convert.judge import CandidateTimes, Verdict, follower_options
 from ..convert.rewrite import convert_layer
 from ..cost import interleaved
 from ..layers import Handover, forced
@@ -52,7 +52,15 @@ def _alike(conv: nn.Conv2d | nn.Conv3d, verdict: Verdict) -> tuple[Any, ...]:
     kind = (type(conv), conv.in_channels, conv.out_channels, conv.bias is None, conv.weight.dtype, conv.weight.device)
     facts = verdict.facts
     shapes = (facts.input_shape, facts.clip_frames, verdict.num_frames)
-    return (*kind, *geometry, config, verdict.reader is not None, facts.feeds_norm, *shapes)
+    return (
+        *kind,
+        *geometry,
+        config,
+        verdict.reader is not None,
+        verdict.follows is not None,
+        facts.feeds_norm,
+        *shapes,
+    )
 
 
 @torch.no_grad()
@@ -66,6 +74,7 @@ def _timed(conv: nn.Conv2d | nn.Conv3d, verdict: Verdict) -> CandidateTimes:
         num_frames=verdict.num_frames,
         gate_frames=verdict.facts.clip_frames,
         hands_over=absorbed,
+        **({} if verdict.follows is None else follower_options(conv, verdict.channels)),
     )
     if absorbed:
         assert dynamic.cheap_c is not None

@@ -208,16 +208,18 @@ class PackedConv:
         view, back = views(form, shape)
         weight = self._weight(form, view(torch.empty(shape, device="meta")).shape, stride, padding, dilation)
         after: tuple[Any, ...] = (weight, f.bias, padding, stride, dilation, f.groups)
-        operators, act = torch.ops.mkldnn, None if activation == "none" else activation
+        operators = torch.ops.mkldnn
         if alone:
             convolve = operators._convolution_pointwise.default
             return lambda x, _: back(convolve(view(x), *after, activation, [], ""))
-        after = (*after, "add", 1.0, act, [], None)
+        after = (*after, "add", 1.0, "relu" if activation == "relu" else None, [], None)
+        # Behind a sum oneDNN knows this activation alone.
+        act = ACTIVATIONS["none" if activation == "relu" else activation]
         if overwrite:
             add_into = operators._convolution_pointwise_.binary
-            return lambda x, residual: back(add_into(view(residual), view(x), *after))  # type: ignore[arg-type]
+            return lambda x, residual: act(back(add_into(view(residual), view(x), *after)))  # type: ignore[arg-type]
         add = operators._convolution_pointwise.binary
-        return lambda x, residual: back(add(view(x), view(residual), *after))  # type: ignore[arg-type]
+        return lambda x, residual: act(back(add(view(x), view(residual), *after)))  # type: ignore[arg-type]
 
     def _bind_wide(self, form: str, key: Key) -> Bound:
         if self._wide is None:

@@ -95,6 +95,7 @@ class Program:
                 parts.append([own[node] for node in region.kept])
         finally:
             batch.samples, batch.total = whole
+            self.regions.tell(pending, None, total)  # somebody may follow later on
         for node, *of_groups in zip(region.kept, *parts, strict=True):
             values[node] = self.regions.joined(of_groups, groups)
         for node in region.unused:

@@ -86,8 +86,8 @@ def reduce(unit: Unit, channel: int, source: int) -> Reduced:
     return Reduced(filter, inputs, mixing, cheap, cheap_source, assembly)
 
 
-def build_filling(unit: Unit, temporal: int, channel: int) -> Filling | None:
-    """Phi_t behind a unit's norm; None where it copies. Of the channels that candidate ``channel`` alone computes.
+def build_filling(unit: Unit, temporal: int, channels: Tensor | None) -> Filling | None:
+    """Phi_t behind a unit's norm, of these channels (None: of all); None where it copies.
 
     With ``y = scale * conv + shift``, ``w0 conv_s + w1 conv_(s+1) + b`` becomes
     ``w0 y_s + w1 y_(s+1) + scale b + shift (1 - w0 - w1)``.
@@ -98,7 +98,7 @@ def build_filling(unit: Unit, temporal: int, channel: int) -> Filling | None:
         return None
     shifted = unit.scale * bias + unit.shift * (1 - weight.sum(1))
     first = Filling.copies(1, weight)
-    kept = unit.layer.hands_to.kept(channel) if channel else slice(None)
+    kept = slice(None) if channels is None else channels
     return Filling(
         torch.cat([first.weight, weight.float()])[..., kept].contiguous(),
         torch.cat([first.bias, shifted.float()])[..., kept].contiguous(),

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 from ..layers import Decision, DynamicConv, GateWeights
 from ..layers.absorb import Source
 from ..layers.routing import FULL, group_samples, route, select
-from .absorbed import absorbed_filter, kept_alone
+from .absorbed import absorbed_filter, kept_alone, spread_out
 from .decide import FoldedGate
 from .frames import Frames, Place, full
 from .kernels import Filling
@@ -73,7 +73,8 @@ class Unit(nn.Module):
     Attributes:
         feeds_gate: a dynamic unit reads the result, and wants to know its means.
         feeds_mean: somebody else wants to know them.
-        reader, source: the units that read the channels which this one hands over, and whose channels it reads.
+        reader, source: the unit that reads the channels which this one hands over, and whose channels it reads or
+            carries.
         hands_compact: the reader gets what was computed alone, where all samples computed the same channels.
         baked: the decision that the gate always takes, so that it need not be asked; None where it is.
     """
@@ -94,9 +95,10 @@ class Unit(nn.Module):
         self.scale, self.shift = norm if norm is not None else (ones, torch.zeros_like(ones))
         self.filter, self.activation, self.batch, self.forms = filter, activation, batch, forms or {}
         self.folded = filter if norm is None else filter.scaled(*norm)
-        self.gate = FoldedGate(conv.gate, conv.reads_from) if isinstance(conv, DynamicConv) else None
+        self.gate = FoldedGate(conv.gate, conv.told_by) if isinstance(conv, DynamicConv) else None
         self.feeds_gate = self.feeds_mean = self.hands_compact = False
         self._linked: dict[str, Unit] = {}  # in a dictionary: they are no parts of this one
+        self._followers: list[Unit] = []  # who reads and who carries
         self._said: tuple[list[Decision], Tensor | None] = [], None
         self.baked: Decision | None = None
         self._packs: dict[str, PackedConv] = {}
@@ -105,7 +107,7 @@ class Unit(nn.Module):
         self._ways: dict[str, str] = {}  # parts or whole, by the key of the latter's packed convolution
         self._filters: dict[tuple[int, int, bool], Filter] = {}
         self._reduced: dict[tuple[int, int], Reduced] = {}
-        self._fillings: dict[tuple[int, int], Filling | None] = {}
+        self._fillings: dict[tuple[int, int, int], Filling | None] = {}
 
     @property
     def layer(self) -> Any:
@@ -129,9 +131,12 @@ class Unit(nn.Module):
     def source(self) -> Unit | None:
         return self._linked.get("source")
 
-    def reads(self, source: Unit) -> None:
-        """Tie this unit to the one whose channels it reads."""
-        self._linked["source"], source._linked["reader"] = source, self
+    def follow(self, source: Unit) -> None:
+        """Tie this unit to the one whose channels it has."""
+        self._linked["source"] = source
+        source._followers.append(self)
+        if self.layer.carries is None and not self.layer.aside:
+            source._linked["reader"] = self
 
     @property
     def frames_per_sample(self) -> int:
@@ -197,22 +202,20 @@ class Unit(nn.Module):
         told = self.filter.weight if reader is not None else self._weights(decisions, z).channel
         handover.source = Source(told, candidates)  # a unit asks for weights only where somebody looks
         alike = candidates.count(candidates[0]) == len(candidates)
-        return self.hands_compact and alike and (reader is None or reader.layer.enabled)
+        return self.hands_compact and alike and all(unit.layer.enabled for unit in self._followers)
 
     def _source_weights(self) -> Tensor | None:
-        """The weights over the candidates of the layer that is read."""
-        if self.layer.reads_from is None:
+        """The weights over the candidates of the layer that hands over."""
+        if self.layer.told_by is None:
             return None
-        return (
-            self.layer.reads_from.source.weights if self.source is None else self.source._weights(*self.source._said)[0]
-        )
+        return self.layer.told_by.source.weights if self.source is None else self.source._weights(*self.source._said)[0]
 
     def decide(self, x: Value) -> tuple[list[Decision], Tensor | None]:
         """One decision per sample, and what the gate said where it was asked."""
         layer, num_samples = self.layer, x.shape[0]
         if self.gate is None or not layer.enabled:
             return [FULL] * num_samples, None
-        sources = None if layer.reads_from is None else layer.reads_from.take(num_samples, layer.layer_name).candidates
+        sources = None if layer.told_by is None else layer.told_by.take(num_samples, layer.layer_name).candidates
         given = sources or [0] * num_samples
         if layer.forced == (None, None):
             known = self.known()
@@ -221,7 +224,8 @@ class Unit(nn.Module):
             return [known._replace(source=source) for source in given], None
         axes = self._forced(num_samples)
         free = any(index is None for axis in axes for index in axis)
-        gated, z = self.gate(x, sources, free) if free or self.batch.always_ask else ([FULL] * num_samples, None)
+        asked = (free or self.batch.always_ask) and not layer.candidates.is_static
+        gated, z = self.gate(x, sources, free) if asked else ([FULL] * num_samples, None)
         return [
             Decision(g.channel if i is None else i, g.temporal if j is None else j, False, source)
             for g, i, j, source in zip(gated, *axes, given, strict=True)
@@ -232,6 +236,8 @@ class Unit(nn.Module):
 
         Observers are told what gates say, and benchmarks time them, unless they are baked.
         """
+        if self.gate is not None and self.layer.candidates.is_static:
+            return FULL
         if self.baked is not None or self.gate is None or self.layer.observers or self.batch.always_ask:
             return self.baked
         return self.gate.constant
@@ -277,7 +283,11 @@ class Unit(nn.Module):
     ) -> Value:
         """One decision for all samples of x; ``alone``: only the channels that it computes."""
         if decision.source:
-            x = kept_alone(x, self.layer.reads_from, decision.source)
+            handover, compact = self.layer.told_by, x.shape[1] < self.in_channels
+            x = kept_alone(x, handover, decision.source)
+            if self.layer.carries is not None and residual is None:
+                y = self._run(x, None, decision, self.activation)
+                return y if compact else spread_out(y, handover, decision.source)
         if residual is not None and residual.shape != self._output_shape(x.shape):  # one of them is spread out
             y = full(self._run(x, None, decision, "none", alone=alone)) + full(residual)
             return ACTIVATIONS[self.activation](y)
@@ -323,8 +333,10 @@ class Unit(nn.Module):
         if read is not None:
             key = _key(decision, alone, read.filter)
             channel, reduced = (i, None) if alone else (0, self._reduce(i, decision.source) if i else None)
-            channels = self.layer.candidates.channels[channel] if channel else self.channels
-            path = Path(read, self.pack(read.filter, key), reduced, self._filling(j, channel), channels)
+            kept = self._kept(channel, decision.source)
+            channels = self.channels if kept is None else len(kept)
+            filling = self._filling(j, channel, decision.source)
+            path = Path(read, self.pack(read.filter, key), reduced, filling, channels)
             if reduced is not None:
                 path = self._or_whole(path, decision, clips, f"{key}, whole")
         self._paths[decision, alone, stride, num_frames] = path
@@ -360,6 +372,9 @@ class Unit(nn.Module):
             return self._reduce(channel, source).filter
         key = (channel, source, alone)
         if key not in self._filters:
+            if self.layer.carries is not None:
+                self._filters[key] = absorbed_filter(self.layer, self.folded, source)
+                return self._filters[key]
             filter = absorbed_filter(self.layer, self.filter, source).scaled(self.scale, self.shift)
             self._filters[key] = filter.pick(self.layer.hands_to.kept(channel)) if channel else filter
         return self._filters[key]
@@ -374,12 +389,19 @@ class Unit(nn.Module):
 
     # -- what decisions need, made when they are first taken -------------------------------------------
 
-    def _filling(self, temporal: int, channel: int = 0) -> Filling | None:
+    def _kept(self, channel: int, source: int) -> Tensor | None:
+        """The channels that are computed alone: handed over or carried; None: all are there in the end."""
+        if channel:
+            return self.layer.hands_to.kept(channel)
+        return self.layer.carries.kept(source) if source and self.layer.carries is not None else None
+
+    def _filling(self, temporal: int, channel: int = 0, source: int = 0) -> Filling | None:
         if not temporal:
             return None
-        if (temporal, channel) not in self._fillings:
-            self._fillings[temporal, channel] = build_filling(self, temporal, channel)
-        return self._fillings[temporal, channel]
+        key = (temporal, channel, source if self.layer.carries is not None else 0)
+        if key not in self._fillings:
+            self._fillings[key] = build_filling(self, temporal, self._kept(channel, source))
+        return self._fillings[key]
 
     def _reduce(self, channel: int, source: int) -> Reduced:
         if (channel, source) not in self._reduced:

@@ -112,10 +112,11 @@ def complete_blocks(dynamic: nn.Module) -> list[str]:
 
 
 def _is_complete(block: nn.Module) -> bool:
-    """Whether every convolution in it that hands channels over does so to one in it."""
+    """Whether every convolution in it that hands over channels, or carries them, does so to one in it."""
     layers = [module for module in block.modules() if isinstance(module, DynamicConv)]
     read = [layer.reads_from for layer in layers if layer.reads_from is not None]
-    return all(layer.hands_to in read for layer in layers if layer.hands_to is not None)
+    handed = [tie for layer in layers for tie in (layer.hands_to, layer.carries) if tie is not None]
+    return all(each in read for each in handed)
 
 
 class _Heard:

@@ -3,11 +3,14 @@
 A convolution that *hands over* computes k of its C channels and rebuilds none. Its *reader*, behind norm, activation
 and pooling, has a weight of its own for each candidate: ``W_i = W[:, kept_i] + D_i`` and ``b_i = b + d_i``. The linear
 operation that would rebuild channels costs nothing there, and the reader computes with k input channels instead of C.
+
+Others may *follow*: a depthwise convolution between the two carries the channels that are there, each computed from
+itself; and one that reads the channels' means, in squeeze and excitation, does without the others, as the reader does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import RedconvertError
 from .gate import matching
-from .routing import group_samples, sample_rows
+from .routing import group_samples, sample_rows, select
 
 if TYPE_CHECKING:
     from .base import DynamicConv
@@ -27,6 +30,8 @@ __all__ = [
     "Choice",
     "Handover",
     "Source",
+    "carry",
+    "followers",
     "link",
     "mask_absent",
     "pairs",
@@ -116,16 +121,37 @@ class Absorbed(nn.Module):
         return weight.index_select(1, kept) + correction, shift if bias is None else bias + shift
 
 
-def link(source: DynamicConv, reader: DynamicConv) -> None:
-    """Let ``source`` hand over its channels to ``reader``; both were made for it."""
+def link(source: DynamicConv, reader: DynamicConv, followers: Iterable[DynamicConv] = ()) -> None:
+    """Let ``source`` hand over its channels to ``reader``, and ``followers`` know of it; all were made for it."""
     assert source.cheap_c is not None
     source.hands_to = reader.reads_from = Handover(source.layer_name, source.cheap_c)
+    for layer in followers:
+        if layer.aside:
+            layer.reads_from = source.hands_to
+        else:
+            layer.carries = source.hands_to
 
 
 def pairs(layers: Mapping[str, DynamicConv]) -> dict[str, str]:
     """By name of a layer that hands over, the name of the one that reads, where both are among these."""
-    readers = {layer.reads_from: name for name, layer in layers.items() if layer.reads_from is not None}
+    reading = {name: layer for name, layer in layers.items() if layer.reads_from is not None and not layer.aside}
+    readers = {layer.reads_from: name for name, layer in reading.items()}
     return {name: readers[layer.hands_to] for name, layer in layers.items() if layer.hands_to in readers}
+
+
+def followers(layers: Mapping[str, DynamicConv]) -> dict[str, str]:
+    """By name of a layer that follows, that of the one that hands over, where both are among these."""
+    sources = {layer.hands_to: name for name, layer in layers.items() if layer.hands_to is not None}
+    following = {name: layer for name, layer in layers.items() if layer.carries is not None or layer.aside}
+    return {name: sources[layer.told_by] for name, layer in following.items() if layer.told_by in sources}
+
+
+def carry(layer: DynamicConv, x: Tensor, source: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """What a carrier convolves of candidate ``source``: its channels, their filters and biases, and which they are."""
+    assert layer.carries is not None
+    there = layer.carries.kept(source)
+    bias = None if layer.bias is None else layer.bias.index_select(0, there)
+    return select(x, 1, there), layer.recipe.weight(layer).index_select(0, there), bias, there
 
 
 def mask_absent(pooled: Tensor, handover: Handover, candidates: Sequence[int], frames: int) -> Tensor:
@@ -193,9 +219,9 @@ class _Taken(torch.autograd.Function):
 def pooled_static(layer: DynamicConv, x: Tensor) -> Tensor:
     """G(x) for the gate, with zeros where channels are missing, whatever is known of them."""
     pooled = x.mean((-2, -1))
-    if layer.reads_from is None:
+    if layer.told_by is None:
         return pooled
-    choice, present = _static(layer)[0], layer.reads_from.present(pooled)
+    choice, present = _static(layer)[0], layer.told_by.present(pooled)
     if isinstance(choice, int):
         mask = present[choice : choice + 1]
     else:
@@ -209,14 +235,14 @@ def pooled_static(layer: DynamicConv, x: Tensor) -> Tensor:
 
 def static_source(layer: DynamicConv) -> tuple[Choice, Tensor | None]:
     """The candidate that the source hands over, and the weights over all of them where gradients need them."""
-    return (0, None) if layer.reads_from is None else _static(layer)
+    return (0, None) if layer.told_by is None else _static(layer)
 
 
 def _static(layer: DynamicConv) -> tuple[Choice, Tensor | None]:
-    assert layer.reads_from is not None
-    if layer.reads_from.static is None:
+    assert layer.told_by is not None
+    if layer.told_by.static is None:
         raise RedconvertError(
-            f"layer '{layer.layer_name}' reads what '{layer.reads_from.name}' computes: compile or export the whole "
+            f"layer '{layer.layer_name}' reads what '{layer.told_by.name}' computes: compile or export the whole "
             f"network, or convert with absorb=False"
         )
-    return layer.reads_from.static
+    return layer.told_by.static

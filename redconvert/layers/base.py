@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from ..config import LayerConfig
 from ..errors import RedconvertError
-from .absorb import Absorbed, Handover, Source, mask_absent
+from .absorb import Absorbed, Handover, Source, carry, mask_absent
 from .candidates import Candidates
 from .cheap import resolve_cheap
 from .composed import compose, composes
 from .frames import FrameRebuild
-from .gate import Gate, GateWeights, candidate_weights
+from .gate import Gate, GateWeights, NoGate, candidate_weights
 from .geometry import check_input
 from .inputs import InputMixtures, mixture_counts
 from .masked import pool
@@ -34,7 +34,7 @@ DEFAULT_GATE_FRAMES = 8  # where no example says how long clips are
 ADDED_MODULES = ("gate", "cheap_c", "cheap_t", "cheap_in", "mixed_in")
 ADDED_ATTRIBUTES = (  # all that make_dynamic and the modes set on a convolution
     *("config", "candidates", "num_frames", "layer_name", "feeds_norm", "forced", "enabled", "learns", "observers"),
-    *("hands_to", "reads_from", "capturable", "settled"),
+    *("hands_to", "reads_from", "carries", "carried", "aside", "capturable", "settled"),
     *ADDED_MODULES,  # an absent cheap operation is a plain None
 )
 Forced = list[int | None] | int | None  # a candidate for all samples, one per sample, or None: the gate decides
@@ -90,6 +90,9 @@ class DynamicConv(nn.Module):
     settled: tuple[int, int] | None = None  # while capturable: what its gate decides of any input
     hands_to: Handover | None = None  # its channels are not rebuilt: whoever reads them does without
     reads_from: Handover | None = None
+    carries: Handover | None = None  # depthwise, between the two: it computes the channels that are there
+    carried: tuple[int, ...] | None = None  # how many those are, by candidate of the layer that hands over
+    aside: bool = False  # it reads what another reads, too, and absorbs
 
     def make_dynamic(
         self,
@@ -100,6 +103,8 @@ class DynamicConv(nn.Module):
         gate_frames: int | None = None,
         hands_over: bool = False,
         reads: Sequence[int] | None = None,
+        carries: Sequence[int] | None = None,
+        aside: bool = False,
     ) -> None:
         """Add gate and cheap operations to a plain convolution whose class has been set to this one.
 
@@ -110,10 +115,15 @@ class DynamicConv(nn.Module):
             gate_frames: frames that the layer saw in an example.
             hands_over: rebuild no channels; `link` ties the layer to the one that reads them.
             reads: how many channels each candidate of the layer hands over whose channels this one reads.
+            carries: the same, of a depthwise convolution that stands between those two and has all of the channels.
+            aside: another one reads the channels, too, and absorbs: this one goes along.
         """
         self.config, self.num_frames, self.layer_name = config, num_frames, name or type(self).__name__
         self.candidates = self.plan_candidates(self, config, num_frames)
-        if self.candidates.is_static:
+        self.carried, self.aside = None if carries is None else tuple(carries), aside
+        if aside or self.carried is not None:
+            self.candidates = self.candidates.following(carries=not aside)
+        elif self.candidates.is_static:
             raise RedconvertError(f"layer '{self.layer_name}' has one channel and no time axis: nothing to decide")
         self.cheap_c = self.cheap_t = self.cheap_in = self.mixed_in = None
         if len(self.candidates.channels) > 1:
@@ -131,14 +141,17 @@ class DynamicConv(nn.Module):
             self.mixed_in = None if counts is None else InputMixtures(counts)
         has_time = isinstance(self, nn.Conv3d) or num_frames is not None
         frames = (config.gate_frames or gate_frames or num_frames or DEFAULT_GATE_FRAMES) if has_time else 1
-        self.gate = Gate(
-            self.in_channels,
-            frames,
-            len(self.candidates.channels),
-            len(self.candidates.strides),
-            config.gate_hidden,
-            torch.Generator().manual_seed(zlib.crc32(self.layer_name.encode())),
-        )
+        if self.candidates.is_static:
+            self.gate = NoGate(frames)
+        else:
+            self.gate = Gate(
+                self.in_channels,
+                frames,
+                len(self.candidates.channels),
+                len(self.candidates.strides),
+                config.gate_hidden,
+                torch.Generator().manual_seed(zlib.crc32(self.layer_name.encode())),
+            )
         for part in self.added_modules():
             part.to(device=self.weight.device, dtype=self.weight.dtype).train(self.training)
 
@@ -186,13 +199,16 @@ class DynamicConv(nn.Module):
         check_input(self, input, self.layer_name, self.num_frames, self.recipe.pad is Recipe.pad)
         source = self._source(input)
         rests = self.training and not self.learns
-        with torch.no_grad() if rests else nullcontext():
-            same, pooled = pool(input)
-            if source is not None and self.reads_from is not None:
-                pooled = mask_absent(pooled, self.reads_from, source.candidates, self.frames_per_sample)
-            weights = self._weights(same, pooled)
-        input = input if rests else same
-        decisions = decide(weights, soft=self.config.gate == "soft")
+        if self.candidates.is_static:
+            weights, decisions = self._nothing_to_decide(input)
+        else:
+            with torch.no_grad() if rests else nullcontext():
+                same, pooled = pool(input)
+                if source is not None and self.told_by is not None:
+                    pooled = mask_absent(pooled, self.told_by, source.candidates, self.frames_per_sample)
+                weights = self._weights(same, pooled)
+            input = input if rests else same
+            decisions = decide(weights, soft=self.config.gate == "soft")
         if source is not None:
             decisions = [d._replace(source=i) for d, i in zip(decisions, source.candidates, strict=True)]
         if self.hands_to is not None:
@@ -215,10 +231,15 @@ class DynamicConv(nn.Module):
             observer(self, seen)
 
     def _source(self, x: Tensor) -> Source | None:
-        """What the layer that is read says of these samples."""
-        if self.reads_from is None:
+        """What the layer that hands over says of these samples."""
+        if self.told_by is None:
             return None
-        return self.reads_from.take(x.shape[0] // self.frames_per_sample, self.layer_name)
+        return self.told_by.take(x.shape[0] // self.frames_per_sample, self.layer_name)
+
+    @property
+    def told_by(self) -> Handover | None:
+        """What says which channels are there, of a layer that reads or carries those of another."""
+        return self.reads_from or self.carries
 
     @property
     def recipe(self) -> type[Recipe]:
@@ -229,6 +250,11 @@ class DynamicConv(nn.Module):
     def frames_per_sample(self) -> int:
         """Rows of the batch that one sample takes."""
         return self.num_frames or 1
+
+    def _nothing_to_decide(self, x: Tensor) -> tuple[GateWeights, list[Decision]]:
+        num_samples = x.shape[0] // self.frames_per_sample
+        ones = self.gate.beta.new_ones(num_samples, 1)
+        return GateWeights(ones, ones), [FULL] * num_samples
 
     def _weights(self, x: Tensor, pooled: Tensor) -> GateWeights:
         """The gate's weights per sample; ``pooled`` is G(x), frames folded into the batch like x's."""
@@ -349,6 +375,12 @@ class DynamicConv(nn.Module):
         ``learned``: of all channels, computed in training, those of this candidate alone get gradients.
         ``composed``: what the candidate makes of it, all channels, by the filters of `compose`.
         """
+        convolve: Any = F.conv3d if isinstance(self, nn.Conv3d) else F.conv2d
+        if source and self.carries is not None:  # zeros in the place of the others, which nobody reads
+            x, weight, bias, there = carry(self, x, source)
+            x, stride, padding = self._strided(x, self.candidates.strides[temporal])
+            y = convolve(x, weight, bias, stride, padding, self.dilation, len(there))
+            return y.new_zeros(len(y), self.out_channels, *y.shape[2:]).index_copy(1, there, y)
         kept, groups = self.candidates.channels[channel], self.groups
         weight, bias, order = self.recipe.weight(self), self.bias, None
         if source:
@@ -376,7 +408,6 @@ class DynamicConv(nn.Module):
             assert self.cheap_c is not None and not channel
             trained = self.cheap_c.order[: self.candidates.channels[learned]]
             return convolve_learning(x, weight, bias, stride, padding, self.dilation, trained)
-        convolve: Any = F.conv3d if isinstance(self, nn.Conv3d) else F.conv2d
         return convolve(x, weight, bias, stride, padding, self.dilation, groups)
 
     def _strided(self, x: Tensor, frame_stride: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:

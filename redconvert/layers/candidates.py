@@ -34,6 +34,10 @@ class Candidates:
         strides = [2**j for j in range(config.search_space)] if config.temporal and temporal else [1]
         return cls(tuple(channels), tuple(strides))
 
+    def following(self, carries: bool) -> Candidates:
+        """Those of a layer that has the channels another decides about: frames alone, if it ``carries`` them."""
+        return Candidates(self.channels[:1], self.strides if carries else (1,))
+
     @property
     def is_static(self) -> bool:
         """Whether there is nothing to decide."""

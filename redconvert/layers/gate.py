@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-__all__ = ["Gate", "GateWeights", "candidate_weights", "largest_open", "matching", "one_hot", "processes"]
+__all__ = ["Gate", "GateWeights", "NoGate", "candidate_weights", "largest_open", "matching", "one_hot", "processes"]
 
 # beta at conversion: tanh(+-1.5) = +-0.9 is decided, yet its slope of 0.18 still lets the gate learn.
 BIRTH_BETA = 1.5
@@ -205,6 +205,26 @@ class _OpenValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         return gradient
+
+
+class NoGate(Gate):
+    """In the place of a gate where a layer has one candidate on each axis: it follows what another decides."""
+
+    def __init__(self, num_frames: int) -> None:
+        nn.Module.__init__(self)
+        self.num_frames, self.num_channel, self.num_temporal = num_frames, 1, 1
+        for name in ("beta", "threshold"):
+            self.register_buffer(name, torch.zeros(0), persistent=False)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        return pooled.new_ones(len(pooled), 1), pooled.new_ones(len(pooled), 1)
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        return pooled.new_empty(len(pooled), 0)
+
+    @property
+    def reach(self) -> Tensor:
+        return self.threshold
 
 
 def candidate_weights(values: Tensor, normalize: bool = True) -> Tensor:

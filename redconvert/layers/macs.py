@@ -6,7 +6,7 @@ One multiply-add is one FLOP, as in the paper and in fvcore.
 - Phi_c: its weights once per computed frame and position;
 - Phi_t: two per rebuilt element, ``(T_o - frames_j) * C_out * H_o * W_o * 2``;
 - absorbed: where the layer that is read hands over ``k_s`` channels, ``C_in`` is ``k_s``; the weights for that, and
-  mixtures of filters, are made once, not per input;
+  mixtures of filters, are made once, not per input; a depthwise convolution between the two computes ``k_s`` channels;
 - mixtures of input channels: B once per input position that is read, and ``C_in`` is how many there are;
 - gate: FC1 and FC2, and one per input element for the average over H and W (fvcore counts pooling so).
 """
@@ -78,13 +78,14 @@ def layer_macs(layer: DynamicConv, input_shape: Sequence[int], output_shape: Seq
                 read = in_frames if isinstance(layer, nn.Conv3d) else computed
                 cheap[-1][-1] += mixed.macs_per_position(i) * read * in_positions
     pooled = layer.in_channels * in_frames * in_positions
-    gate = pooled + layer.gate.fc1.weight.numel() + layer.gate.fc2.weight.numel()
+    decides = not layer.candidates.is_static
+    gate = pooled + layer.gate.fc1.weight.numel() + layer.gate.fc2.weight.numel() if decides else 0
     return LayerMacs(
         dense=conv[0][0],
         gate=gate,
         conv=tuple(map(tuple, conv)),
         cheap=tuple(map(tuple, cheap)),
-        reads=(layer.in_channels,) if layer.cheap_in is None else layer.cheap_in.channels,
+        reads=layer.carried or ((layer.in_channels,) if layer.cheap_in is None else layer.cheap_in.channels),
     )
 
 

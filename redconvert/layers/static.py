@@ -106,9 +106,9 @@ def _tell_known(layer: DynamicConv, x: Tensor, out: Tensor, channel: int, tempor
 def _told_source(layer: DynamicConv, like: Tensor) -> Tensor | None:
     """The weights over the candidates of the layer that is read, ``(N, S)``, also where Python knows the candidate."""
     source, weights = static_source(layer)
-    if layer.reads_from is None or not isinstance(source, int):
+    if layer.told_by is None or not isinstance(source, int):
         return weights
-    return _certain(like, source, len(layer.reads_from.channels))
+    return _certain(like, source, len(layer.told_by.channels))
 
 
 def _certain(like: Tensor, index: int, size: int) -> Tensor:
@@ -116,12 +116,17 @@ def _certain(like: Tensor, index: int, size: int) -> Tensor:
     return one_hot(torch.full((len(like),), index, device=like.device), size).to(like.dtype)
 
 
+def _read_source(layer: DynamicConv) -> tuple[Choice, Tensor | None]:
+    """What `static_source` says to a reader; whoever carries computes all channels, as the layer before does."""
+    return (0, None) if layer.carries is not None else static_source(layer)
+
+
 def _read(layer: DynamicConv, x: Tensor, i: int, j: int, learned: int = 0, composed: bool = False) -> Tensor:
     """The convolution of the channels that the layer's source hands over, whatever is known of them.
 
     ``learned``: the channel candidate whose channels alone get gradients, 0 for all. ``composed``: see `compose`.
     """
-    source, _ = static_source(layer)
+    source, _ = _read_source(layer)
     if isinstance(source, int):
         if i or j:
             return layer._convolve(x, i, j, source, learned, composed)
@@ -137,7 +142,7 @@ def _read(layer: DynamicConv, x: Tensor, i: int, j: int, learned: int = 0, compo
 def _read_mixed(layer: DynamicConv, x: Tensor) -> Tensor:
     """The full convolution for training: in value what each sample's source hands over, in gradient the soft sum."""
     y = layer.dense_class.forward(layer, x)
-    _, weights = static_source(layer)
+    _, weights = _read_source(layer)
     if weights is None:
         return y
     return _soft_sum(layer, [y, *(layer._convolve(x, 0, 0, index) for index in range(1, weights.shape[1]))], weights)

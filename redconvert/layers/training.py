@@ -34,7 +34,8 @@ def run_masked(
     if layer.mixed_in is not None:
         y = _Candidates.apply(layer, [d.channel for d in decisions], x, weights.channel, *_convolving(layer))
     else:
-        y = layer.whole(x, learned=learned) if source is None else read_dense(layer, x, source, learned)
+        read = source is not None and layer.carries is None
+        y = read_dense(layer, x, source, learned) if read else layer.whole(x, learned=learned)  # type: ignore[arg-type]
     if not layer.derives:  # done with channels: whoever reads what is handed over leaves some out
         if layer.cheap_t is None:
             return y
@@ -47,9 +48,12 @@ def run_masked(
 def resting(layer: DynamicConv, decisions: list[Decision]) -> tuple[list[Decision], int]:
     """What to compute, and the candidate whose channels alone get gradients (0: all), while gates rest.
 
-    That is what inference computes. Only a layer that hands over computes all of its channels, for the statistics of
-    the norm behind it; those that nobody reads get no gradient and cost no backward pass.
+    That is what inference computes. Only a layer that hands over, or carries, computes all of its channels, for the
+    statistics of the norm behind it; those that nobody reads get no gradient, and where they are handed over cost no
+    backward pass.
     """
+    if layer.carries is not None:
+        return [d._replace(source=0) for d in decisions], 0
     if layer.hands_to is None:
         return decisions, 0
     return [d._replace(channel=0) for d in decisions], _learned(layer, decisions)

@@ -14,31 +14,38 @@ from redconvert.layers import dynamic_layers
 
 @st.composite
 def problems(draw):
-    """Up to five layers, some of which read the one before."""
+    """Up to five layers, some of which read the one before, with up to one each that follows that one."""
     count = draw(st.integers(1, 5))
     sizes = [draw(st.integers(1, 3)) for _ in range(count)]
-    sources, options = {}, {}
+    sources, followed, options = {}, {}, {}
+
+    def add(name, size, states):
+        options[name] = []
+        for i in range(size):
+            costs = sorted((draw(st.integers(1, 40)) for _ in range(states)), reverse=True)
+            harm = float(draw(st.integers(0, 50))) if i else 0.0
+            options[name].append(Choice(i, 0, harm, costs[0], tuple(map(float, costs))))
+
     for n, size in enumerate(sizes):
         states = 1
         if n and draw(st.booleans()):
             sources[f"l{n}"], states = f"l{n - 1}", sizes[n - 1]
-        options[f"l{n}"] = []
-        for i in range(size):
-            costs = sorted((draw(st.integers(1, 40)) for _ in range(states)), reverse=True)
-            harm = float(draw(st.integers(0, 50))) if i else 0.0
-            options[f"l{n}"].append(Choice(i, 0, harm, costs[0], tuple(map(float, costs))))
-    return options, sources, draw(st.integers(1, 150))
+            if draw(st.booleans()):
+                followed[f"f{n}"] = f"l{n - 1}"
+                add(f"f{n}", draw(st.integers(1, 2)), states)
+        add(f"l{n}", size, states)
+    return options, sources, followed, draw(st.integers(1, 150))
 
 
-def cost(chosen, sources):
-    return sum(choice.cost(chosen[sources[name]].channel if name in sources else 0) for name, choice in chosen.items())
+def cost(chosen, told):
+    return sum(choice.cost(chosen[told[name]].channel if name in told else 0) for name, choice in chosen.items())
 
 
 @settings(max_examples=200, deadline=None)
 @given(problems())
 def test_no_choice_is_better(problem):
-    options, sources, budget = problem
-    found = allocate(options, budget, sources)
+    options, sources, followed, budget = problem
+    found, sources = allocate(options, budget, sources, followed), {**sources, **followed}
     every = [dict(zip(options, each, strict=True)) for each in product(*options.values())]
     fitting = [each for each in every if cost(each, sources) <= budget]
     if not fitting:
