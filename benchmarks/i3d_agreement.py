@@ -116,7 +116,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     agreement(arguments, arguments.out)
     if arguments.plot:
-        agreement_against_macs(json.loads(arguments.out.read_text()), arguments.plot)
+        agreement_against_macs(json.loads(arguments.out.read_text()), arguments.plot, "I3D")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ OpenVINO, and the deployed network, dense and with channels, frames or both at h
 "Absorbed" is a network converted with ``absorb=True``, "inputs mixed" one with mixtures of filters and of inputs, 11/16
 of both. Batches of one also have rows of a network converted with
 ``measure=True``, of one whose skipped frames are blended from both neighbours instead of copied (what calibration
-sets), and Torch-Pruning's networks (of R(2+1)D and ResNet-50, as near as they come to the MACs of "channels" and of
-"channels and frames", absorbed or not, compiled). With --compile-dynamic they also have the dynamic network in
+sets), and Torch-Pruning's networks (of R(2+1)D, ResNet-50 and MobileNetV2, as near as they come to the MACs of
+"channels" and of "channels and frames", absorbed or not, compiled). With --compile-dynamic they also have the dynamic
+network in
 torch.compile: masked, and frozen to each decision (each takes a while to set up: the column of setup seconds says how
 long), and the frozen ones in OpenVINO. Weights are random: time does not depend on them. JSON is written after every
 network; what is in it already is not run again.
@@ -78,16 +79,30 @@ def _resnet50(batch: int) -> tuple[nn.Module, Any]:
     return torchvision.models.resnet50(), torch.randn(batch, 3, 224, 224)
 
 
+def _mobilenet_v2(batch: int) -> tuple[nn.Module, Any]:
+    import torchvision
+
+    return torchvision.models.mobilenet_v2(), torch.randn(batch, 3, 224, 224)
+
+
+def _efficientnet_b0(batch: int) -> tuple[nn.Module, Any]:
+    import torchvision
+
+    return torchvision.models.efficientnet_b0(), torch.randn(batch, 3, 224, 224)
+
+
 NETWORKS: dict[str, Callable[[int], tuple[nn.Module, Any]]] = {
     "r2plus1d_18": _r2plus1d_18,
     "i3d": _i3d,
     "x3d_m": _x3d_m,
     "slowfast": _slowfast,
     "resnet50": _resnet50,
+    "mobilenet_v2": _mobilenet_v2,
+    "efficientnet_b0": _efficientnet_b0,
 }
 
 
-PRUNED = ("r2plus1d_18", "resnet50")  # Torch-Pruning takes many minutes for the branches of the others
+PRUNED = ("r2plus1d_18", "resnet50", "mobilenet_v2")  # Torch-Pruning takes many minutes for the branches of the others
 
 
 # -- one network, in a process of its own --------------------------------------------------------------

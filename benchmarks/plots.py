@@ -46,7 +46,7 @@ def accuracy_against_macs(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def agreement_against_macs(result: dict[str, Any], path: Path) -> None:
+def agreement_against_macs(result: dict[str, Any], path: Path, network: str) -> None:
     """How many answers stay as they were at each budget, a line for each way of leaving channels out."""
     from matplotlib import pyplot
 
@@ -59,7 +59,7 @@ def agreement_against_macs(result: dict[str, Any], path: Path) -> None:
     axes.legend(fontsize=8)
     axes.set(xlabel="executed MACs, % of the dense network's", ylabel="same top-1 answer as the dense network, %")
     samples = next(iter(result["curves"].values()))["samples"]
-    axes.set_title(f"I3D without training, {samples} J-HMDB test clips", loc="left", fontsize=10)
+    axes.set_title(f"{network} without training, {samples} J-HMDB test clips", loc="left", fontsize=10)
     axes.grid(alpha=0.3)
     _save(figure, path)
 

@@ -40,7 +40,8 @@ class LayerConfig:
             result: the best without training. Needs ``gate="hard"``; grouped convolutions take ``"auto"``.
         absorb: where one convolution alone reads the channels, behind norm, activation or pooling, do not rebuild them:
             that convolution computes from those that are there, with a weight of its own for each candidate
-            (`redconvert.layers.Absorbed`). It saves input channels, too. Needs ``gate="hard"``.
+            (`redconvert.layers.Absorbed`). It saves input channels, too. Depthwise convolutions between the two compute
+            the channels that are there, and squeeze and excitation reads those. Needs ``gate="hard"``.
         mix_inputs: reduced candidates read mixtures of the input channels, too: as large a share of them as of their
             own channels they compute (`redconvert.layers.InputMixtures`), so that a share s costs little more than
             s^2. Calibration chooses them. Needs ``gate="hard"``; convolutions in groups, of fewer than 8 channels, 1x1,

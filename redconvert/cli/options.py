@@ -68,7 +68,7 @@ Absorb = Annotated[
     bool,
     typer.Option(
         "--absorb",
-        help="Do not rebuild channels that one convolution alone reads: it does without them.",
+        help="Do not rebuild channels that one convolution alone reads, also behind depthwise ones: it does without.",
         show_default=False,
     ),
 ]

@@ -43,7 +43,7 @@ class Mobile(nn.Module):
 
 def network(dims, se="no", **options):
     torch.manual_seed(0)
-    x = torch.randn((4, 3, 10, 10) if dims == 2 else (3, 3, 6, 8, 8))
+    x = torch.randn((options.pop("samples", 4), 3, 10, 10) if dims == 2 else (3, 3, 6, 8, 8))
     names = [f"blocks.{i}.{name}" for i in range(2) for name in "abc"]
     config = {key: options.pop(key) for key in ("search_space", "num_frames") if key in options}
     return make(x, Mobile(dims, SE[se], **options), names, **config), x
@@ -104,15 +104,45 @@ def test_all_tensors_between_are_smaller(dims, monkeypatch):
         assert seen[f"blocks.{i}.a"][1] == seen[f"blocks.{i}.c"][0] == half[i]
 
 
-def test_gates_decide():
-    dynamic, x = network(3, "mean")
+def let_gates_decide(dynamic):
     for layer in dynamic.modules():
         if isinstance(layer, DynamicConv) and not layer.candidates.is_static:
             nn.init.normal_(layer.gate.beta, 0, 0.05), nn.init.normal_(layer.gate.fc2.weight)
+
+
+def test_gates_decide():
+    dynamic, x = network(3, "mean")
+    let_gates_decide(dynamic)
     fast = redconvert.deploy(dynamic, x)
     with torch.no_grad():
         outputs = [(fast(each), dynamic(each)) for each in (x, 2 * x, -x, x.flip(2))]
     assert all(error(*pair) < 2e-5 for pair in outputs)
+
+
+@pytest.mark.parametrize("se", SE)
+def test_frames_that_are_folded_into_the_batch(se):
+    dynamic, x = network(2, se, num_frames=4, samples=8)
+    fast = redconvert.deploy(dynamic, x)
+    with torch.no_grad():
+        for channel, temporal in itertools.product((0, 1, [0, 1]), (0, 1, [1, 0])):
+            with redconvert.forced(dynamic, channel=channel, temporal=temporal):
+                assert error(fast(x), dynamic(x)) < 2e-5
+                if isinstance(channel, int) and isinstance(temporal, int):
+                    assert error(redconvert.freeze(dynamic, (channel, temporal))(x), dynamic(x)) < 2e-5
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_compiled_exported_and_trained(dims):
+    """Gates decide in graphs of static shapes, too; finetuning with the efficiency loss goes towards its target."""
+    dynamic, x = network(dims, "mean")
+    let_gates_decide(dynamic)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wanted = dynamic(x)
+        assert error(torch.compile(dynamic, backend="eager", fullgraph=True)(x), wanted) < 1e-5
+        assert error(torch.export.export(dynamic, (x,)).module()(x), wanted) < 1e-5
+    history = redconvert.finetune(dynamic, [x] * 4, epochs=4, lr=1e-3, gate_lr=0.05, target=0.4, gate_every=1)
+    assert history.epochs[-1]["cost"] < history.epochs[0]["cost"]
 
 
 def test_one_that_is_disabled_gets_all_channels():
