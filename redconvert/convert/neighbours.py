@@ -102,10 +102,12 @@ def takes_means(node: fx.Node, module: nn.Module | None, dims: int) -> bool:
         pools = isinstance(module, nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d)
         return pools and module.output_size in (1, (1,) * dims)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name != "mean":
+        return False
     given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | dict(node.kwargs)
-    over = given.get("dim")
-    all_of_them = isinstance(over, list | tuple) and {d % (dims + 2) for d in over} == {*range(2, dims + 2)}
-    return name == "mean" and all_of_them and given.get("keepdim") is True
+    over: Any = given.get("dim")
+    known = isinstance(over, list | tuple) and all(isinstance(dim, int) for dim in over)
+    return known and {d % (dims + 2) for d in over} == {*range(2, dims + 2)} and given.get("keepdim") is True
 
 
 def is_depthwise(module: Any) -> bool:

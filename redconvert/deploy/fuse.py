@@ -26,10 +26,15 @@ __all__ = ["filter_of", "fuse"]
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
-_ACTIVATION_MODULES: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "swish", nn.Hardswish: "hardswish"}
+_ACTIVATION_MODULES: dict[type, str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "swish",
+    nn.Hardswish: "hardswish",
+}
 _ACTIVATION_CALLS: dict[Any, str] = {
     **{F.relu: "relu", torch.relu: "relu", F.relu_: "relu", "relu": "relu", "relu_": "relu"},
-    **{F.silu: "swish", F.hardswish: "hardswish"},
+    **{F.silu: "swish", F.relu6: "relu6", F.hardswish: "hardswish"},
 }
 _PRODUCTS = {operator.mul, torch.mul, "mul"}
 _SIGMOIDS = {nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"}

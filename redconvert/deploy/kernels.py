@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -331,7 +332,14 @@ def compiled() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().split("\n")[0]
+        warnings.warn(
+            f"'{compiler}' does not compile redconvert's passes ({said or error}): PyTorch's own run instead, and are "
+            f"slower. Set CC to another compiler, or REDCONVERT_COMPILE=0 to go without",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
     pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for kind in TYPES.values():

@@ -208,10 +208,10 @@ class PackedConv:
         view, back = views(form, shape)
         weight = self._weight(form, view(torch.empty(shape, device="meta")).shape, stride, padding, dilation)
         after: tuple[Any, ...] = (weight, f.bias, padding, stride, dilation, f.groups)
-        operators = torch.ops.mkldnn
+        operators, fused = torch.ops.mkldnn, _post_op(activation)
         if alone:
             convolve = operators._convolution_pointwise.default
-            return lambda x, _: back(convolve(view(x), *after, activation, [], ""))
+            return lambda x, _: back(convolve(view(x), *after, *fused))
         after = (*after, "add", 1.0, "relu" if activation == "relu" else None, [], None)
         # Behind a sum oneDNN knows this activation alone.
         act = ACTIVATIONS["none" if activation == "relu" else activation]
@@ -233,9 +233,10 @@ class PackedConv:
         size, channels = (N, T, H, W, len(f.weight)), f.weight.flatten(1).contiguous()
         weight = self._keep(("rows", shape), lambda: torch.ops.mkldnn._reorder_linear_weight(channels, N * T * H * W))
         linear, act = torch.ops.mkldnn._linear_pointwise, ACTIVATIONS[activation]
+        fused = _post_op(activation)
         if alone:
             run = linear.default
-            return lambda x, _: from_rows(run(as_rows(x), weight, f.bias, activation, [], "").view(size))
+            return lambda x, _: from_rows(run(as_rows(x), weight, f.bias, *fused).view(size))
         add = linear.binary
         return lambda x, residual: from_rows(
             act(add(as_rows(x), as_rows(residual), weight, f.bias, "add")).view(size)  # type: ignore[arg-type]
@@ -280,3 +281,8 @@ class PackedConv:
 
 def _arguments(form: str, values: tuple[int, ...]) -> tuple[int, ...]:
     return values[1:] if form == "frames" else values
+
+
+def _post_op(activation: str) -> tuple[str, list[float], str]:
+    """What oneDNN calls an activation of ACTIVATIONS."""
+    return ("hardtanh", [0.0, 6.0], "") if activation == "relu6" else (activation, [], "")

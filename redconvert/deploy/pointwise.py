@@ -10,6 +10,6 @@ from torch.nn import functional as F
 
 __all__ = ["CALLS", "MODULES", "PAIRWISE"]
 
-MODULES = (nn.ReLU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Identity, nn.modules.dropout._DropoutNd)
-CALLS = frozenset({F.relu, torch.relu, F.silu, F.hardswish, torch.sigmoid, "relu", "relu_", "sigmoid"})
+MODULES = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Identity, nn.modules.dropout._DropoutNd)
+CALLS = frozenset({F.relu, torch.relu, F.relu6, F.silu, F.hardswish, torch.sigmoid, "relu", "relu_", "sigmoid"})
 PAIRWISE = frozenset({operator.add, operator.iadd, operator.mul, torch.add, torch.mul})

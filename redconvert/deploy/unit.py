@@ -199,8 +199,10 @@ class Unit(nn.Module):
             return False
         self._said = decisions, z
         reader, candidates = self.reader, [decision.channel for decision in decisions]
-        told = self.filter.weight if reader is not None else self._weights(decisions, z).channel
-        handover.source = Source(told, candidates)  # a unit asks for weights only where somebody looks
+        # Units ask for weights only where somebody looks; a follower may be none.
+        looks = reader is None or self.layer.observers
+        told = self._weights(decisions, z).channel if looks else self.filter.weight
+        handover.source = Source(told, candidates)
         alike = candidates.count(candidates[0]) == len(candidates)
         return self.hands_compact and alike and all(unit.layer.enabled for unit in self._followers)
 

@@ -13,7 +13,7 @@
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-enum { NONE, RELU, SWISH };
+enum { NONE, RELU, SWISH, RELU6, HARDSWISH };
 
 /* A compiler that reads the same vector from memory once per use makes reading the bottleneck. */
 #ifdef __AVX512F__
@@ -46,10 +46,18 @@ static inline vec inverse(vec x) {
 #endif
 }
 
+static inline vec up_to_six(vec x) {
+    const vec zero = {}, six = zero + 6.f;
+    x = pick(x < zero, zero, x);
+    return pick(x > six, six, x);
+}
+
 static inline vec act(vec x, int activation) {
     const vec zero = {};
     if (activation == RELU) return pick(x < zero, zero, x);
     if (activation == NONE) return x;
+    if (activation == RELU6) return up_to_six(x);
+    if (activation == HARDSWISH) return x * up_to_six(x + 3.f) * (1.f / 6.f);
     vec y = -x;
     x = pick(y > 88.f, zero, x); /* too small for a float */
     y = pick(y > 88.f, zero, y);

@@ -16,10 +16,11 @@ __all__ = ["ACTIVATIONS", "CODES", "depthwise", "rescale", "runs_in_c"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu_,
+    "relu6": lambda x: F.hardtanh_(x, 0.0, 6.0),
     "swish": lambda x: F.silu(x, inplace=True),
     "hardswish": lambda x: F.hardswish(x, inplace=True),
 }
-CODES = {"none": 0, "relu": 1, "swish": 2}  # activations that vectors.c knows
+CODES = {"none": 0, "relu": 1, "swish": 2, "relu6": 3, "hardswish": 4}  # activations that vectors.c knows
 LANES, PERIOD = 16, 16384  # as in vectors.c
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from contextlib import nullcontext
 from functools import partial
 
@@ -333,3 +335,23 @@ def test_sums_take_the_place_of_what_was_added(decision):
         each = 4 * x[0, 0].numel()  # bytes of a channel; clips run one by one
         held = _peak(lambda: fast(x), nullcontext) / each * 1e6
     assert held == pytest.approx(64 + 16 + computed + rebuilt, abs=3)  # means of gates are small
+
+
+def test_a_compiler_that_is_there_compiles():
+    """Or all tests of the C passes would be left out."""
+    if not (os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")):
+        pytest.skip("no C compiler")
+    if os.environ.get("REDCONVERT_COMPILE") == "0":
+        pytest.skip("REDCONVERT_COMPILE=0")
+    assert kernels.compiled() is not None
+
+
+def test_a_compiler_that_fails_says_so(tmp_path, monkeypatch):
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'vectors.c:1: no such thing' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("REDCONVERT_COMPILE", raising=False)
+    with pytest.warns(RuntimeWarning, match="vectors.c:1: no such thing"):
+        assert kernels.compiled.__wrapped__() is None

@@ -167,6 +167,38 @@ def test_a_hook_in_between_sees_all_channels():
     assert shapes and set(shapes) == {24}
 
 
+def test_one_that_is_no_unit_knows_its_channels():
+    """A depthwise convolution with padding of its own runs as it is; observers are told the same weights."""
+    from timm.layers import Conv2dSame
+
+    class Same(Mobile):
+        def __init__(self):
+            super().__init__(2, True)
+            self.blocks[0].b = Conv2dSame(24, 24, 3, 2, groups=24, bias=False)
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 9, 9)
+    dynamic = make(x, Same(), [f"blocks.{i}.{name}" for i in range(2) for name in "abc"])
+    fast = redconvert.deploy(dynamic, x)
+    assert "blocks.0.b" not in units(fast) and not units(fast)["blocks.0.a"].hands_compact
+    told = []
+
+    def listen(layer, seen):
+        told.append((layer.layer_name, seen.decisions, seen.source))
+
+    for channel in (0, 1, [0, 1, 1, 0]):
+        with redconvert.forced(dynamic, channel=channel), torch.no_grad():
+            assert error(fast(x), dynamic(x)) < 2e-5
+            for target in (dynamic, fast):
+                with observed(
+                    dynamic, lambda layer, seen: told.append((layer.layer_name, seen.decisions, seen.source))
+                ):
+                    target(x)
+    sources = [each for each in told if each[0] == "blocks.0.b"]
+    for (_, decisions_, source), (_, theirs, weights) in zip(sources[::2], sources[1::2], strict=True):
+        assert decisions_ == theirs and torch.equal(source, weights)
+
+
 def test_bfloat16():
     dynamic, x = network(2, "pool", swish=True)
     low = copy.deepcopy(dynamic).to(torch.bfloat16)
@@ -204,7 +236,7 @@ def test_budgets_know_what_followers_cost():
     assert 0.5 < found.time <= 0.6
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.Hardswish, nn.Sigmoid])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Sigmoid])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_an_activation_behind_a_sum(activation, dims):
     """oneDNN knows ReLU alone there: a network with another one is fused all the same."""
@@ -216,9 +248,9 @@ def test_an_activation_behind_a_sum(activation, dims):
             self.a, self.b, self.act = conv(8, 8, 3, padding=1), conv(8, 8, 3, padding=1), activation()
 
         def forward(self, x):
-            return self.act(self.b(torch.relu(self.a(x))) + x)
+            return self.act(self.b(self.act(self.a(x))) + x)
 
-    x = torch.randn(2, 8, *(4,) * (dims == 3), 9, 9)
+    x = 5 * torch.randn(2, 8, *(4,) * (dims == 3), 9, 9)
     dynamic = redconvert.convert(
         Residual().eval(), redconvert.ConvertConfig(min_saving=0, rules=[("*", {})]), example_inputs=x
     )

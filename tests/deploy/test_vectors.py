@@ -17,7 +17,7 @@ from redconvert.deploy.kernels import compiled
 from redconvert.deploy.pack import channels_last
 from redconvert.deploy.unit import Unit
 
-ACTS = {"none": lambda x: x, "relu": torch.relu, "swish": F.silu}
+ACTS = {"none": lambda x: x, "relu": torch.relu, "swish": F.silu, "relu6": F.relu6, "hardswish": F.hardswish}
 needs_a_compiler = pytest.mark.skipif(compiled() is None, reason="no C compiler: PyTorch alone serves")
 
 
