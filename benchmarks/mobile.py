@@ -29,10 +29,9 @@ from redconvert.data import JHMDB
 
 SHARES = (0.875, 0.75, 0.625, 0.5)
 CURVES: dict[str, dict[str, Any]] = {
-    "rebuilt": {"cheap": "pointwise"},
-    "rebuilt, principal": {"cheap": "principal"},
-    "absorbed": {"cheap": "pointwise", "absorb": True},
-    "absorbed, principal": {"cheap": "principal", "absorb": True},
+    "rebuilt": {"cheap": "auto"},
+    "absorbed": {"cheap": "auto", "absorb": True},
+    "absorbed, mixtures": {"cheap": "principal", "absorb": True},
 }
 
 

@@ -30,6 +30,7 @@ class SavedLayer:
     reads: tuple[int, ...] | None = None  # channels of each candidate of the layer that this one reads
     source: str | None = None  # the layer that this one follows
     carries: tuple[int, ...] | None = None  # channels of each candidate of that layer, of one that is depthwise
+    decides: bool = True  # about channels or frames of its own
 
     def convert(self, conv: nn.Module, name: str) -> DynamicConv:
         return convert_layer(
@@ -43,6 +44,7 @@ class SavedLayer:
             reads=self.reads,
             carries=self.carries,
             aside=self.source is not None and self.carries is None,
+            decides=self.decides,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class SavedLayer:
             "reads": None if self.reads is None else list(self.reads),
             "source": self.source,
             "carries": None if self.carries is None else list(self.carries),
+            "decides": self.decides,
         }
 
     @classmethod
@@ -74,6 +77,7 @@ class SavedLayer:
             tuple(values["aliases"]),
             *_tied(values, "reader", "reads"),
             *_tied(values, "source", "carries"),
+            bool(values.get("decides", True)),
         )
 
 
@@ -105,6 +109,7 @@ def describe(
         layer.cheap_in.channels if layer.cheap_in is not None else None,
         without_compile(sources[name]) if name in sources else None,
         layer.carried,
+        not layer.candidates.is_static,
     )
 
 

@@ -66,8 +66,10 @@ class Verdict:
             lowest; None where no example says at which shapes it runs.
         times: of its candidates on this device, where they were measured.
         reader: name of the convolution that absorbs its Phi_c and reads what was computed alone.
-        follows: name of the convolution whose channels it carries to their reader, being depthwise, or also reads.
+        follows: name of the convolution whose channels it carries to their reader, being depthwise, or reads, deciding
+            about none of its own.
         follower: how it would decide as such; None where it may not be one.
+        source: how it would decide if nothing had to be rebuilt behind it, where it does not pay else.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Verdict:
     reader: str | None = None
     follows: str | None = None
     follower: LayerConfig | None = None
+    source: LayerConfig | None = None
 
     @property
     def remark(self) -> str:
@@ -139,14 +142,15 @@ def judge(
     if candidates.is_static:
         return replace(verdict, reason="one output channel" if module.out_channels == 1 else "nothing to choose from")
     if rule is None and facts.is_output:
-        return replace(verdict, reason="the output layer (a rule can include it)")
+        return replace(verdict, reason="the output layer (a rule can include it)", follower=None)
     macs = _probe(module, chosen, num_frames, facts)
     saving = 1 - macs.lowest / macs.dense
     if rule is None and saving < config.min_saving:
         what = "depthwise with nothing to save" if module.groups == module.in_channels > 1 else "too small to pay"
-        return replace(
-            verdict, reason=f"{what}: its lowest candidate saves {saving:.0%}, min_saving is {config.min_saving:.0%}"
-        )
+        reason = f"{what}: its lowest candidate saves {saving:.0%}, min_saving is {config.min_saving:.0%}"
+        handing = _probe(module, chosen, num_frames, facts, hands_over=True) if chosen.absorb else macs
+        pays = 1 - handing.lowest / handing.dense >= config.min_saving
+        return replace(verdict, reason=reason, num_frames=num_frames, source=chosen if pays else None)
     return _accepted(replace(verdict, reason=note, num_frames=num_frames), chosen, candidates, macs)
 
 
@@ -194,18 +198,21 @@ def pair(
 ) -> tuple[Verdict, ...]:
     """The verdicts, those that ask to be absorbed and can be with the name of their reader.
 
-    ``alone``: what was found before any were paired, of those that followed one and do not now.
+    ``alone``: what was found of each before any were paired.
     """
-    alone = alone or {}
-    found = {verdict.name: replace(verdict, reader=None, follows=None) for verdict in verdicts}
+    found = {verdict.name: _unpaired(verdict, alone or {}) for verdict in verdicts}
     readers = {name: reader for name, verdict in found.items() if (reader := _reader(verdict, found, modules))}
+    between = {each: name for name in readers for each in found[name].facts.followers}
+    readers = {name: reader for name, reader in readers.items() if name not in between and reader not in between}
     sources = {reader: name for name, reader in readers.items()}
-    followed = {each: name for name in readers for each in found[name].facts.followers}
-    for verdict in verdicts:
-        if verdict.follows is not None and verdict.name not in followed:
-            found[verdict.name] = alone.get(verdict.name, found[verdict.name])
-    for name, followed_name in followed.items():
-        found[name] = _following(found[name], found[followed_name], modules[name])
+    for name in readers:
+        if (config := found[name].source) is not None and not found[name].converted:
+            candidates = DynamicConv.plan_candidates(modules[name], config, found[name].num_frames)
+            macs = _probe(modules[name], config, found[name].num_frames, found[name].facts, hands_over=True)
+            found[name] = _accepted(replace(found[name], reason=""), config, candidates, macs)
+    followed = between | {reader: name for reader, name in sources.items() if not found[reader].converted}
+    for name, source_name in followed.items():
+        found[name] = _following(found[name], found[source_name], modules[name], aside=name in between)
     before = {each for verdict in verdicts if verdict.reader for each in (verdict.name, verdict.reader)}
     for name in {*readers, *sources, *before} - {*followed}:
         verdict, source = found[name], found.get(sources.get(name, ""))
@@ -218,16 +225,30 @@ def pair(
     return tuple(found[verdict.name] for verdict in verdicts)
 
 
+def _unpaired(verdict: Verdict, alone: Mapping[str, Verdict]) -> Verdict:
+    """What was found of a convolution by itself, and what measuring changed since."""
+    single = alone.get(verdict.name, verdict)
+    if verdict.follows is not None:
+        verdict = replace(single, times=verdict.times)
+    elif verdict.reader is not None and not single.converted and len(verdict.channels) > 1:
+        verdict = replace(single, times=verdict.times, source=verdict.config)
+    return replace(verdict, reader=None, follows=None)
+
+
 def _reader(verdict: Verdict, others: Mapping[str, Verdict], modules: Mapping[str, Any]) -> str | None:
     """The convolution that can do without the channels that this one does not compute."""
-    name = verdict.facts.reader
-    if not (verdict.converted and verdict.config is not None and verdict.config.absorb and len(verdict.channels) > 1):
+    name, own = verdict.facts.reader, verdict.config if verdict.converted else verdict.source
+    if name is None or own is None or not own.absorb or not own.channel:
         return None
-    reader = others.get(name or "")
-    if reader is None or not reader.converted or reader.config is None or reader.config.gate != "hard":
+    if len(DynamicConv.plan_candidates(modules[verdict.name], own, verdict.num_frames).channels) == 1:
+        return None
+    reader = others.get(name)
+    config = None if reader is None else reader.config if reader.converted else reader.follower
+    if reader is None or config is None or config.gate != "hard":
         return None
     ours, theirs = modules[verdict.name], modules[reader.name]
-    alike = isinstance(ours, nn.Conv3d) == isinstance(theirs, nn.Conv3d) and verdict.num_frames == reader.num_frames
+    alike = isinstance(ours, nn.Conv3d) == isinstance(theirs, nn.Conv3d)
+    alike = alike and (not reader.converted or verdict.num_frames == reader.num_frames)
     followers = [others.get(each) for each in verdict.facts.followers]
     if any(each is None or each.follower is None for each in followers):
         return None
@@ -237,19 +258,25 @@ def _reader(verdict: Verdict, others: Mapping[str, Verdict], modules: Mapping[st
     return name if alike and once and not small and ours.groups == theirs.groups == 1 else None
 
 
-def _following(verdict: Verdict, source: Verdict, module: nn.Conv2d | nn.Conv3d) -> Verdict:
-    """The verdict on a convolution that carries the channels of ``source``, or also reads them."""
+def _following(verdict: Verdict, source: Verdict, module: nn.Conv2d | nn.Conv3d, aside: bool) -> Verdict:
+    """The verdict on a convolution that carries the channels of ``source``, or reads them, and has no say in it."""
     config = verdict.follower
     assert config is not None
     candidates = DynamicConv.plan_candidates(module, config, source.num_frames).following(is_depthwise(module))
-    macs = _probe(module, config, source.num_frames, verdict.facts, **follower_options(module, source.channels))
+    options = follower_options(module, source.channels, aside)
+    macs = _probe(module, config, source.num_frames, verdict.facts, **options)
     verdict = replace(verdict, reason="", num_frames=source.num_frames, follows=source.name)
     return _accepted(verdict, config, candidates, macs)
 
 
-def follower_options(module: Any, channels: Sequence[int]) -> dict[str, Any]:
-    """How a convolution becomes one that follows another, whose candidates compute so many channels."""
-    return {"carries": channels} if is_depthwise(module) else {"reads": channels, "aside": True}
+def follower_options(module: Any, channels: Sequence[int], aside: bool = True) -> dict[str, Any]:
+    """How a convolution becomes one that follows another, whose candidates compute so many channels.
+
+    ``aside``: another one reads them, too, and absorbs.
+    """
+    if is_depthwise(module):
+        return {"carries": channels}
+    return {"reads": channels, "aside": aside, "decides": False}
 
 
 def obstacle(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts) -> str | None:
@@ -297,6 +324,7 @@ def _probe(
     reads: Sequence[int] | None = None,
     carries: Sequence[int] | None = None,
     aside: bool = False,
+    decides: bool = True,
 ) -> LayerMacs:
     """MACs of the dynamic layer that this convolution would become, from a copy without numbers."""
     three_d = isinstance(module, nn.Conv3d)
@@ -324,5 +352,6 @@ def _probe(
         reads=reads,
         carries=carries,
         aside=aside,
+        decides=decides,
     )
     return layer_macs(probe, shape_in, shape_out)

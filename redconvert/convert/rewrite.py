@@ -65,7 +65,7 @@ def convert(
     ties = {
         verdict.name: {"reads": channels.get(verdict.name)}
         if verdict.follows is None
-        else follower_options(modules[verdict.name], handed[verdict.follows])
+        else follower_options(modules[verdict.name], handed[verdict.follows], aside=verdict.name not in channels)
         for verdict in plan.converted
     }
     done: list[DynamicConv] = []
@@ -86,7 +86,8 @@ def convert(
             )
         for verdict in plan.converted:
             if verdict.reader is not None:
-                followers = [modules[each.name] for each in plan.converted if each.follows == verdict.name]
+                names = [each.name for each in plan.converted if each.follows == verdict.name]
+                followers = [modules[name] for name in names if name != verdict.reader]
                 link(modules[verdict.name], modules[verdict.reader], followers)
     except BaseException:
         for layer in done:
@@ -107,6 +108,7 @@ def convert_layer(
     reads: Sequence[int] | None = None,
     carries: Sequence[int] | None = None,
     aside: bool = False,
+    decides: bool = True,
 ) -> DynamicConv:
     """Turn one Conv2d or Conv3d dynamic in place; it stays the same object with the same parameters.
 
@@ -125,6 +127,7 @@ def convert_layer(
             reads=reads,
             carries=carries,
             aside=aside,
+            decides=decides,
         )
         if feeds_norm:
             conv.feeds_norm = True

@@ -105,6 +105,7 @@ class DynamicConv(nn.Module):
         reads: Sequence[int] | None = None,
         carries: Sequence[int] | None = None,
         aside: bool = False,
+        decides: bool = True,
     ) -> None:
         """Add gate and cheap operations to a plain convolution whose class has been set to this one.
 
@@ -116,13 +117,14 @@ class DynamicConv(nn.Module):
             hands_over: rebuild no channels; `link` ties the layer to the one that reads them.
             reads: how many channels each candidate of the layer hands over whose channels this one reads.
             carries: the same, of a depthwise convolution that stands between those two and has all of the channels.
-            aside: another one reads the channels, too, and absorbs: this one goes along.
+            aside: another one reads the channels, too, and absorbs.
+            decides: about its own channels and frames; one that carries decides about frames alone.
         """
         self.config, self.num_frames, self.layer_name = config, num_frames, name or type(self).__name__
         self.candidates = self.plan_candidates(self, config, num_frames)
         self.carried, self.aside = None if carries is None else tuple(carries), aside
-        if aside or self.carried is not None:
-            self.candidates = self.candidates.following(carries=not aside)
+        if self.carried is not None or not decides:
+            self.candidates = self.candidates.following(carries=self.carried is not None)
         elif self.candidates.is_static:
             raise RedconvertError(f"layer '{self.layer_name}' has one channel and no time axis: nothing to decide")
         self.cheap_c = self.cheap_t = self.cheap_in = self.mixed_in = None

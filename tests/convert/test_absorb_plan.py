@@ -301,7 +301,12 @@ def test_measured_networks_pair_what_is_left(monkeypatch):
         assert verdict.follows == "0" and verdict.strides == ((1, 2) if gain else (1,))
         dynamic = redconvert.convert(model, config, example_inputs=x, measure=True)
         assert torch.equal(dynamic(x), model(x))
-    gains["0"] = False
+    gains["4"] = False  # a reader that does not gain by a choice of its own reads what is there all the same
+    plan = redconvert.plan(model, config, example_inputs=x, measure=True)
+    assert {each.name: each.follows for each in plan.converted if each.follows} == {"2": "0", "4": "0"}
+    dynamic = redconvert.convert(model, config, example_inputs=x, measure=True)
+    assert torch.equal(dynamic(x), model(x)) and dynamic[4].candidates.is_static and not dynamic[4].aside
+    gains.update({"0": False, "4": True})
     plan = redconvert.plan(model, config, example_inputs=x, measure=True)
     assert not any(each.follows or each.reader for each in plan.converted)
     assert torch.equal(redconvert.convert(model, config, example_inputs=x, measure=True)(x), model(x))
@@ -324,3 +329,22 @@ def test_real_networks():
     plan = redconvert.plan(model, ConvertConfig(absorb=True), example_inputs=torch.randn(1, 3, 4, 64, 64))
     assert sum(verdict.reader is not None for verdict in plan.converted) == 26
     assert sum(verdict.follows is not None for verdict in plan.converted) == 26 + 15
+
+
+def test_a_source_that_pays_since_nothing_is_rebuilt():
+    """A thin 1x1 convolution whose channels cost as much to rebuild as to compute; as a reader it may be one, too."""
+    convs = [nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 3, padding=1)]
+    model = nn.Sequential(*(part for conv in convs for part in (conv, nn.ReLU())), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(1, 8, 8, 8)
+    options = {"cheap": "pointwise", "min_saving": 0.1}
+    assert readers(model, x, **options) == {"0": "2", "2": "4", "4": "6"}
+    assert followers(model, x, **options) == {}
+    dynamic = redconvert.convert(model, ConvertConfig(absorb=True, **options), example_inputs=x)
+    assert [dynamic[i].candidates.channels for i in (0, 2, 4)] == [(16, 8), (8, 4), (16, 8)]
+    assert torch.equal(dynamic(x), model(x))
+    plain = redconvert.plan(model, ConvertConfig(**options), example_inputs=x)
+    assert {each.name for each in plan_skipped(plain)} >= {"0", "4"}
+
+
+def plan_skipped(plan):
+    return [each for each in plan.skipped if each.reason.startswith("too small to pay")]

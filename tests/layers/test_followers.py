@@ -232,3 +232,30 @@ def test_two_followers_in_a_row():
         y = torch.relu(dynamic.norm_b(y))[:, kept]
         weight = dynamic.c.weight[:, kept] + dynamic.c.cheap_in.weights[0]
         torch.testing.assert_close(found, torch.nn.functional.conv2d(y, weight, dynamic.c.cheap_in.biases[0]))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_reader_that_decides_nothing(dims, tmp_path):
+    """Too few channels to choose from, and it reads those that are there all the same: also saved, frozen, deployed."""
+    x = batch(dims, channels=4)
+    network = Block(dims, (4, 16, 6), squeezes=True).double().eval()
+    dynamic = make(x, copy.deepcopy(network), ("a", "b"), temporal=False, align=8)
+    assert dynamic.c.candidates.is_static and pairs(dynamic_layers(dynamic)) == {"a": "c"}
+    assert followers(dynamic_layers(dynamic)) == {"b": "a", "se.fc1": "a"}
+    redconvert.save_pretrained(dynamic, tmp_path)
+    again = redconvert.from_pretrained(copy.deepcopy(network), tmp_path)
+    fast = redconvert.deploy(copy.deepcopy(dynamic).float(), x.float())
+    with torch.no_grad():
+        for channel in (0, 1, [0, 1, 1]):
+            each = channel if isinstance(channel, list) else [channel] * 3
+            wanted = torch.cat([reference(dynamic, x[i : i + 1], source) for i, source in enumerate(each)])
+            with redconvert.forced(dynamic, channel=channel), redconvert.forced(again, channel=channel):
+                torch.testing.assert_close(dynamic(x), wanted)
+                torch.testing.assert_close(again(x), wanted)
+            with redconvert.forced(fast, channel=channel):
+                torch.testing.assert_close(fast(x.float()), wanted.float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(redconvert.freeze(dynamic, (1, 0))(x), torch.cat([reference(dynamic, x, 1)]))
+    dynamic.train()
+    dynamic.norm_a.eval(), dynamic.norm_b.eval()
+    with redconvert.forced(dynamic, channel=1):
+        torch.testing.assert_close(dynamic(x), reference(dynamic, x, 1))
