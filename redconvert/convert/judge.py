@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,15 +20,10 @@ from ..layers.recipes import recipe_of
 from .neighbours import is_depthwise
 from .trace import ConvFacts
 
-__all__ = ["CandidateTimes", "Verdict", "follower_options", "judge", "obstacle", "pair", "reconsider"]
+__all__ = ["CandidateTimes", "Verdict", "accepted", "judge", "obstacle", "probe", "reconsider"]
 
 # Shapes that stand in where no example says how large a layer's input is: they only decide min_saving.
 NOMINAL_FRAMES, NOMINAL_SIZE = 8, 28
-
-# A reader, and who follows, with fewer of their source's MACs save next to nothing, and behind activation and pool
-# channels tell less of each other than in front: I3D kept fewer answers with its 7x7x7 stem absorbed by the 1x1x1
-# behind the pool.
-WORTH_ABSORBING = 0.25
 
 _AXES = {"channel": "channels", "temporal": "frames"}
 
@@ -143,18 +138,19 @@ def judge(
         return replace(verdict, reason="one output channel" if module.out_channels == 1 else "nothing to choose from")
     if rule is None and facts.is_output:
         return replace(verdict, reason="the output layer (a rule can include it)", follower=None)
-    macs = _probe(module, chosen, num_frames, facts)
+    macs = probe(module, chosen, num_frames, facts)
     saving = 1 - macs.lowest / macs.dense
     if rule is None and saving < config.min_saving:
         what = "depthwise with nothing to save" if module.groups == module.in_channels > 1 else "too small to pay"
         reason = f"{what}: its lowest candidate saves {saving:.0%}, min_saving is {config.min_saving:.0%}"
-        handing = _probe(module, chosen, num_frames, facts, hands_over=True) if chosen.absorb else macs
+        handing = probe(module, chosen, num_frames, facts, hands_over=True) if chosen.absorb else macs
         pays = 1 - handing.lowest / handing.dense >= config.min_saving
         return replace(verdict, reason=reason, num_frames=num_frames, source=chosen if pays else None)
-    return _accepted(replace(verdict, reason=note, num_frames=num_frames), chosen, candidates, macs)
+    return accepted(replace(verdict, reason=note, num_frames=num_frames), chosen, candidates, macs)
 
 
-def _accepted(verdict: Verdict, chosen: LayerConfig, candidates: Candidates, macs: LayerMacs) -> Verdict:
+def accepted(verdict: Verdict, chosen: LayerConfig, candidates: Candidates, macs: LayerMacs) -> Verdict:
+    """The verdict that a convolution is converted so."""
     return replace(
         verdict,
         converted=True,
@@ -189,94 +185,8 @@ def reconsider(
     (left,) = savings.keys() - failed
     kept = replace(verdict.config, channel=left == "channel", temporal=left == "temporal")
     candidates = DynamicConv.plan_candidates(module, kept, verdict.num_frames)
-    macs = _probe(module, kept, verdict.num_frames, verdict.facts)
-    return _accepted(replace(verdict, reason=f"{_AXES[left]} only, {reason}"), kept, candidates, macs)
-
-
-def pair(
-    verdicts: tuple[Verdict, ...], modules: Mapping[str, Any], alone: Mapping[str, Verdict] | None = None
-) -> tuple[Verdict, ...]:
-    """The verdicts, those that ask to be absorbed and can be with the name of their reader.
-
-    ``alone``: what was found of each before any were paired.
-    """
-    found = {verdict.name: _unpaired(verdict, alone or {}) for verdict in verdicts}
-    readers = {name: reader for name, verdict in found.items() if (reader := _reader(verdict, found, modules))}
-    between = {each: name for name in readers for each in found[name].facts.followers}
-    readers = {name: reader for name, reader in readers.items() if name not in between and reader not in between}
-    sources = {reader: name for name, reader in readers.items()}
-    for name in readers:
-        if (config := found[name].source) is not None and not found[name].converted:
-            candidates = DynamicConv.plan_candidates(modules[name], config, found[name].num_frames)
-            macs = _probe(modules[name], config, found[name].num_frames, found[name].facts, hands_over=True)
-            found[name] = _accepted(replace(found[name], reason=""), config, candidates, macs)
-    followed = between | {reader: name for reader, name in sources.items() if not found[reader].converted}
-    for name, source_name in followed.items():
-        found[name] = _following(found[name], found[source_name], modules[name], aside=name in between)
-    before = {each for verdict in verdicts if verdict.reader for each in (verdict.name, verdict.reader)}
-    for name in {*readers, *sources, *before} - {*followed}:
-        verdict, source = found[name], found.get(sources.get(name, ""))
-        if verdict.config is None:  # measured, and left dense since
-            continue
-        reads = None if source is None else source.channels
-        macs = _probe(modules[name], verdict.config, verdict.num_frames, verdict.facts, name in readers, reads)
-        lowest = None if verdict.dense_macs is None else macs.lowest
-        found[name] = replace(verdict, reader=readers.get(name), lowest_macs=lowest)
-    return tuple(found[verdict.name] for verdict in verdicts)
-
-
-def _unpaired(verdict: Verdict, alone: Mapping[str, Verdict]) -> Verdict:
-    """What was found of a convolution by itself, and what measuring changed since."""
-    single = alone.get(verdict.name, verdict)
-    if verdict.follows is not None:
-        verdict = replace(single, times=verdict.times)
-    elif verdict.reader is not None and not single.converted and len(verdict.channels) > 1:
-        verdict = replace(single, times=verdict.times, source=verdict.config)
-    return replace(verdict, reader=None, follows=None)
-
-
-def _reader(verdict: Verdict, others: Mapping[str, Verdict], modules: Mapping[str, Any]) -> str | None:
-    """The convolution that can do without the channels that this one does not compute."""
-    name, own = verdict.facts.reader, verdict.config if verdict.converted else verdict.source
-    if name is None or own is None or not own.absorb or not own.channel:
-        return None
-    if len(DynamicConv.plan_candidates(modules[verdict.name], own, verdict.num_frames).channels) == 1:
-        return None
-    reader = others.get(name)
-    config = None if reader is None else reader.config if reader.converted else reader.follower
-    if reader is None or config is None or config.gate != "hard":
-        return None
-    ours, theirs = modules[verdict.name], modules[reader.name]
-    alike = isinstance(ours, nn.Conv3d) == isinstance(theirs, nn.Conv3d)
-    alike = alike and (not reader.converted or verdict.num_frames == reader.num_frames)
-    followers = [others.get(each) for each in verdict.facts.followers]
-    if any(each is None or each.follower is None for each in followers):
-        return None
-    chain = [verdict, reader, *(each for each in followers if each is not None)]
-    once = all(each.facts.calls == 1 and not each.aliases for each in chain)
-    small = sum(each.dense_macs or 0 for each in chain[1:]) < WORTH_ABSORBING * (verdict.dense_macs or 0)
-    return name if alike and once and not small and ours.groups == theirs.groups == 1 else None
-
-
-def _following(verdict: Verdict, source: Verdict, module: nn.Conv2d | nn.Conv3d, aside: bool) -> Verdict:
-    """The verdict on a convolution that carries the channels of ``source``, or reads them, and has no say in it."""
-    config = verdict.follower
-    assert config is not None
-    candidates = DynamicConv.plan_candidates(module, config, source.num_frames).following(is_depthwise(module))
-    options = follower_options(module, source.channels, aside)
-    macs = _probe(module, config, source.num_frames, verdict.facts, **options)
-    verdict = replace(verdict, reason="", num_frames=source.num_frames, follows=source.name)
-    return _accepted(verdict, config, candidates, macs)
-
-
-def follower_options(module: Any, channels: Sequence[int], aside: bool = True) -> dict[str, Any]:
-    """How a convolution becomes one that follows another, whose candidates compute so many channels.
-
-    ``aside``: another one reads them, too, and absorbs.
-    """
-    if is_depthwise(module):
-        return {"carries": channels}
-    return {"reads": channels, "aside": aside, "decides": False}
+    macs = probe(module, kept, verdict.num_frames, verdict.facts)
+    return accepted(replace(verdict, reason=f"{_AXES[left]} only, {reason}"), kept, candidates, macs)
 
 
 def obstacle(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts) -> str | None:
@@ -315,7 +225,7 @@ def _dense_macs(module: nn.Conv2d | nn.Conv3d, facts: ConvFacts, config: Convert
     return module.out_channels * positions * per_output * per_sample * (facts.calls or 1)
 
 
-def _probe(
+def probe(
     module: nn.Conv2d | nn.Conv3d,
     config: LayerConfig,
     num_frames: int | None,

@@ -18,7 +18,8 @@ from ..config import ConvertConfig, LayerConfig, Pattern
 from ..errors import RedconvertError
 from ..inputs import tensors_in
 from ..layers import DynamicConv
-from .judge import Verdict, judge, pair, reconsider
+from .judge import Verdict, judge, reconsider
+from .pairs import pair
 from .trace import Trace, trace
 
 __all__ = ["Plan", "check_model", "make_plan", "matches"]

@@ -13,7 +13,7 @@ from ..errors import RedconvertError
 from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d, dynamic_layers
 from ..layers.absorb import link
 from ..layers.base import ADDED_ATTRIBUTES, ADDED_MODULES
-from .judge import follower_options
+from .pairs import follower_options
 from .plan import make_plan
 
 __all__ = ["convert", "convert_layer", "restore_layer", "revert"]

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert.judge import CandidateTimes, Verdict, follower_options
+from ..convert.judge import CandidateTimes, Verdict
+from ..convert.pairs import follower_options
 from ..convert.rewrite import convert_layer
 from ..cost import interleaved
 from ..layers import Handover, forced

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from mobile import Block, make
+from inverted_residual import Block, make
 from torch import nn
 
 import redconvert

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from mobile import Block, make, reference
+from inverted_residual import Block, make, reference
 from torch import nn
 
 import redconvert
