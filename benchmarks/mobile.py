@@ -75,6 +75,11 @@ def main() -> None:
     if arguments.out.exists():
         result["curves"] = json.loads(arguments.out.read_text())["curves"]
     base = efficientnet_lite0(arguments.weights)
+    with torch.no_grad():
+        sure = torch.cat([base(x).softmax(1).amax(1) for x in test])
+    result["dense_confidence"] = round(float(sure.mean()), 4)
+    if arguments.out.exists():
+        write(json.loads(arguments.out.read_text()) | result, arguments.out)
     for name in arguments.curves:
         if name not in result["curves"]:
             result["curves"][name] = curve(base, CURVES[name], arguments.budgets, calibration, test)
