@@ -11,10 +11,9 @@ of both. Batches of one also have rows of a network converted with
 ``measure=True``, of one whose skipped frames are blended from both neighbours instead of copied (what calibration
 sets), and Torch-Pruning's networks (of R(2+1)D, ResNet-50 and MobileNetV2, as near as they come to the MACs of
 "channels" and of "channels and frames", absorbed or not, compiled). With --compile-dynamic they also have the dynamic
-network in
-torch.compile: masked, and frozen to each decision (each takes a while to set up: the column of setup seconds says how
-long), and the frozen ones in OpenVINO. Weights are random: time does not depend on them. JSON is written after every
-network; what is in it already is not run again.
+network in torch.compile: masked, and frozen to each decision (each takes a while to set up: the column of setup seconds
+says how long), and the frozen ones in OpenVINO. Weights are random: time does not depend on them. JSON is written after
+every network; what is in it already is not run again.
 """
 
 from __future__ import annotations

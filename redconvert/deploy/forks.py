@@ -24,12 +24,8 @@ from .unit import Unit
 
 __all__ = ["Region", "Regions"]
 
-_POOLS_AND_NORMS = (
-    nn.BatchNorm2d,
-    nn.AvgPool2d,
-    nn.MaxPool2d,
-    nn.AdaptiveAvgPool2d,
-)  # treat every sample of a batch alone, too
+# Treat every sample of a batch alone, too.
+_POOLS_AND_NORMS = (nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
 
 
 @dataclass(frozen=True)

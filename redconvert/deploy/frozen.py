@@ -14,7 +14,7 @@ from ..convert.rewrite import copied, restore_layer
 from ..errors import RedconvertError
 from ..inputs import call_with, device_of, each_batch, evaluating, move_to, unwrapped
 from ..layers import Decision, DynamicConv, Observation, dynamic_layers, observed
-from ..layers.absorb import followers, pairs
+from ..layers.absorb import told
 from .bake import Parts, bake
 from .plain import FrozenConv
 
@@ -69,8 +69,7 @@ def freeze(
     chosen = _by_policy(dynamic, policy) if policy is not None else _by_gates(dynamic, batches, only_constant)
     target = dynamic if inplace else _copied(dynamic)
     layers = dynamic_layers(target)
-    told = {reader: source for source, reader in pairs(layers).items()} | followers(layers)
-    sources = {name: chosen[source][0] for name, source in told.items() if source in chosen}
+    sources = {name: chosen[source][0] for name, source in told(layers).items() if source in chosen}
     baked = {layers[name]: bake(layers[name], *pair, sources.get(name, 0)) for name, pair in chosen.items()}
     for layer, parts in baked.items():  # nothing below can fail
         _swap(layer, parts)
@@ -175,7 +174,7 @@ def _by_gates(dynamic: nn.Module, batches: Any, only_constant: bool) -> dict[str
 
 def _whole_chains(layers: Mapping[str, DynamicConv], chosen: dict[str, Pair]) -> dict[str, Pair]:
     """Without those that are tied to a layer that stays dynamic: what one hands over, the other has to know."""
-    ties = [*pairs(layers).items(), *followers(layers).items()]
+    ties = told(layers).items()
     while broken := {each for tie in ties if len(chosen.keys() & tie) == 1 for each in tie}:
         chosen = {name: candidate for name, candidate in chosen.items() if name not in broken}
     return chosen

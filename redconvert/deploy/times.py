@@ -20,7 +20,7 @@ from ..cost.times import LayerTimes
 from ..errors import RedconvertError
 from ..inputs import call_with, device_of, move_to, unwrapped
 from ..layers import DynamicConv, dynamic_layers
-from ..layers.absorb import followers, pairs
+from ..layers.absorb import pairs, told
 from ..layers.modes import attributes
 from ..progress import progress_bar
 from .engine import Deployed, deploy
@@ -74,8 +74,7 @@ def layer_times(dynamic: nn.Module, example_inputs: Any, *, repeats: int = 5, pr
 
 def _policies(layers: Mapping[str, DynamicConv]) -> Iterator[dict[str, Taken]]:
     """What all layers take at once, such that each meets all of its decisions, and of those it reads."""
-    readers = pairs(layers)
-    sources = {reader: source for source, reader in readers.items()} | followers(layers)
+    readers, sources = pairs(layers), told(layers)
     odd = {name: _depth(name, sources) % 2 for name in layers}
     channels = range(max(len(layer.candidates.channels) for layer in layers.values()))
     strides = range(max(len(layer.candidates.strides) for layer in layers.values()))

@@ -38,6 +38,7 @@ __all__ = [
     "pooled_static",
     "read_dense",
     "static_source",
+    "told",
 ]
 
 Choice = int | Tensor  # the candidate of all samples, or which are open, (N, S): the largest of them counts
@@ -144,6 +145,11 @@ def followers(layers: Mapping[str, DynamicConv]) -> dict[str, str]:
     sources = {layer.hands_to: name for name, layer in layers.items() if layer.hands_to is not None}
     following = {name: layer for name, layer in layers.items() if layer.carries is not None or layer.aside}
     return {name: sources[layer.told_by] for name, layer in following.items() if layer.told_by in sources}
+
+
+def told(layers: Mapping[str, DynamicConv]) -> dict[str, str]:
+    """By name of a layer that reads or follows, that of the one that hands over, where both are among these."""
+    return {reader: source for source, reader in pairs(layers).items()} | followers(layers)
 
 
 def carry(layer: DynamicConv, x: Tensor, source: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
