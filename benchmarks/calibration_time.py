@@ -22,9 +22,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from asking import answers
 from cifar import convert, images, resnet56
 from common import RESULTS, environment, seconds, write
-from i3d_agreement import AGREEING, answer, center_clips
+from i3d_agreement import AGREEING, center_clips
 from i3d_agreement import convert as convert_i3d
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ def watching() -> Iterator[tuple[Stopwatch, Stopwatch]]:
 
 
 def measure(base: nn.Module, dynamic: nn.Module, batches: list[Tensor], rounds: int) -> dict[str, float]:
-    dense = statistics.median(seconds(lambda: [answer(base, batch) for batch in batches]) for _ in range(3))
+    dense = statistics.median(seconds(lambda: [answers(base, batch) for batch in batches]) for _ in range(3))
     with watching() as (passes, collecting):
         whole = redconvert.calibrate(dynamic, batches, rounds=rounds).seconds
     beyond = whole - passes.seconds + collecting.seconds

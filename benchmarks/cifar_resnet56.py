@@ -175,7 +175,7 @@ def run(setting: Setting, name: str) -> dict[str, Any]:
         quick = setting.arguments.quick_images
         row: dict[str, Any] = {"bfloat16": BFLOAT16, "start": measure(model, setting, quick)}
         row["prepared_s"] = round(time.perf_counter() - begin, 1)
-        row["epochs"] = train_row(candidate, setting)
+        row["epochs"] = train_row(candidate, setting, name)
         row["end"] = measure(model, setting)
     if setting.arguments.save:
         keep(model, setting.arguments.save / f"{name} {setting.seed}".replace(" ", "-"))
@@ -203,7 +203,7 @@ def keep(model: nn.Module, folder: Path) -> None:
         torch.save(model, folder / "network.pt")
 
 
-def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
+def train_row(candidate: Candidate, setting: Setting, name: str) -> list[dict[str, float]]:
     """Labels and teacher; L_e for a dynamic network."""
     arguments = setting.arguments
     weight = arguments.efficiency if candidate.efficiency is None else candidate.efficiency
@@ -223,6 +223,7 @@ def train_row(candidate: Candidate, setting: Setting) -> list[dict[str, float]]:
         features=candidate.features,
         fades=candidate.fades,
         flips=arguments.flips,
+        keep=arguments.keep and arguments.keep / f"{name} {setting.seed}.pt".replace(" ", "-"),
     )
 
 
@@ -270,6 +271,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick-images", type=int, default=2000, help="test images before training and on curves")
     parser.add_argument("--cost-images", type=int, default=1000, help="test images whose MACs are counted")
     parser.add_argument("--save", type=Path, help="keep trained networks in this folder")
+    parser.add_argument("--keep", type=Path, help="a row that was killed goes on from its last epoch, kept here")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="picture of all rows in the JSON")
     return parser.parse_args()

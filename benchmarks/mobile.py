@@ -14,14 +14,11 @@ measured again.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+import curves
 import torch
-from common import RESULTS, environment, seconds, write
-from plots import agreement_against_macs
 from torch import Tensor, nn
 
 import redconvert
@@ -47,61 +44,24 @@ def efficientnet_lite0(folder: Path) -> nn.Module:
 
 
 def frames(split: str, per_class: int) -> list[Tensor]:
-    """Batches of 24 middle frames ``(24, 3, 224, 224)``, shuffled, as the first few stand for all."""
-    data = JHMDB(
-        split=split, per_class=per_class, num_frames=1, size=224, short_side=240, clips="center", folder="jhmdb"
-    )
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-    return list(torch.stack([data[i][0][:, 0] for i in order]).split(24))
+    """Batches of 24 middle frames ``(24, 3, 224, 224)``, shuffled."""
+    options: dict[str, Any] = {"num_frames": 1, "size": 224, "short_side": 240, "clips": "center", "folder": "jhmdb"}
+    return list(curves.shuffled(JHMDB(split=split, per_class=per_class, **options))[:, :, 0].split(24))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = curves.parser(__doc__.split("\n")[0], CURVES, "mobile.json", 8, 100)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
-    parser.add_argument("--curves", nargs="+", default=list(CURVES), choices=CURVES)
-    parser.add_argument(
-        "--per-class", type=int, default=100, help="test frames of each of the 21 classes; 100: all 268"
-    )
-    parser.add_argument("--calibration", type=int, default=8, help="training frames of each class to calibrate on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS / "mobile.json")
-    parser.add_argument("--plot", type=Path, help="a picture of the curves")
+    parser.set_defaults(budgets=[0.9, 0.8, 0.7, 0.6])
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     calibration, test = frames("train", arguments.calibration), frames("test", arguments.per_class)
-    counts = {"calibration": sum(map(len, calibration)), "test": sum(map(len, test))}
-    result: dict[str, Any] = {"what": __doc__.split("\n")[0], "frames": counts, "curves": {}}
-    if arguments.out.exists():
-        result["curves"] = json.loads(arguments.out.read_text())["curves"]
     base = efficientnet_lite0(arguments.weights)
     with torch.no_grad():
         sure = torch.cat([base(x).softmax(1).amax(1) for x in test])
-    result["dense_confidence"] = round(float(sure.mean()), 4)
-    if arguments.out.exists():
-        write(json.loads(arguments.out.read_text()) | result, arguments.out)
-    for name in arguments.curves:
-        if name not in result["curves"]:
-            result["curves"][name] = curve(base, CURVES[name], arguments.budgets, calibration, test)
-            write(result | environment(arguments.seed), arguments.out)
-    if arguments.plot:
-        agreement_against_macs(result, arguments.plot, "EfficientNet-Lite0")
-
-
-def curve(
-    base: nn.Module, options: dict[str, Any], budgets: list[float], calibration: list[Tensor], test: list[Tensor]
-) -> dict[str, Any]:
-    """Calibrated, then solved for again under each budget."""
-    config = redconvert.ConvertConfig(shares=SHARES, **options)
-    dynamic, spent = redconvert.convert(base, config, example_inputs=test[0][:1]), {}
-    spent["calibrate"] = round(seconds(lambda: redconvert.calibrate(dynamic, calibration)), 1)
-    found: list[redconvert.BudgetCurve] = []
-    spent["curve"] = round(
-        seconds(lambda: found.append(redconvert.budget_curve(dynamic, calibration, budgets, test=test, refit=True))),
-        1,
-    )
-    print(found[0], spent, flush=True)
-    return found[0].to_dict() | {"options": options, "shares": SHARES, "seconds": spent}
+    said = {"what": __doc__.split("\n")[0], "dense_confidence": round(float(sure.mean()), 4)}
+    configs = {name: redconvert.ConvertConfig(shares=SHARES, **options) for name, options in CURVES.items()}
+    curves.run(base, configs, calibration, test, arguments, said, "EfficientNet-Lite0")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,26 @@ def answers_against_time(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def difficulty_against_depth(result: dict[str, Any], path: Path) -> None:
+    """How well what each gate reads finds the hard images, beside the answer's margin."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    found = list(result["gates"].values())
+    axes.plot(
+        range(1, len(found) + 1), found, marker=".", color="#2f6fb3", label="what the gate of a convolution reads"
+    )
+    axes.axhline(result["margin"], color="#c4572e", linestyle="--", label="how sure the answer is")
+    axes.axhline(0.5, color="gray", linestyle=":", linewidth=1, label="chance")
+    axes.set(xlabel="convolution", ylabel="area under the ROC curve", ylim=(0.4, 1))
+    axes.set_title(
+        f"Which images a pass at {result['budget']:.0%} answers differently, ResNet-56", loc="left", fontsize=10
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left")
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -6,6 +6,7 @@ import copy
 import statistics
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def train(
     features: float = 0.0,
     fades: bool = False,
     flips: bool = False,
+    keep: Path | None = None,
 ) -> list[dict[str, float]]:
     """SGD with Nesterov momentum, warm-up and cosine; ``(1 - d) CE + d t^2 KL(teacher) + weight * L_e + v * L_f``.
 
@@ -48,7 +50,8 @@ def train(
     compute. Dropout rests where there is a teacher. ``features``: v, in steps in which gates rest; with ``fades`` it
     goes down with the learning rate. ``flips``: what the teacher says is the mean of its answers for an image and its
     mirror image. Batches are moved to where the network is; on a GPU all are of the same size, and a CUDA graph runs
-    them where gates learn in every step.
+    them where gates learn in every step. ``keep``: a file that holds where training is after every epoch; a run that
+    finds it goes on from there, to the same numbers, and removes it at its end.
     Returns means per epoch; leaves ``model`` in ``eval()``.
     """
     efficiency, missed, device = None, None, device_of(model)
@@ -63,8 +66,10 @@ def train(
     rates, steps, step = [group["lr"] for group in optimizer.param_groups], epochs * len(loader), 0
     captures, graph, held, found = device.type == "cuda" and gate_every == 1, None, [], torch.zeros(2, device=device)
     loss_of = partial(_losses, model, teacher, mirrored, distill, temperature, efficiency, weight, bfloat16, missed)
-    history = []
-    for _ in range(epochs):
+    history: list[dict[str, float]] = []
+    if keep and keep.exists():
+        history, step = _found_again(keep, model, optimizer)
+    for _ in range(len(history), epochs):
         training_mode(model, freeze_norms, dropout=teacher is None)
         rows = []
         for batch in loader:
@@ -89,12 +94,31 @@ def train(
             rows.append(dict(zip(("task", "cost")[: 1 + (efficiency is not None)], found.tolist(), strict=False)))
             step += 1
         history.append({key: statistics.mean(row[key] for row in rows) for key in rows[0]})
+        if keep:
+            _write_down(keep, model, optimizer, history, step)
+    if keep:
+        keep.unlink(missing_ok=True)
     model.eval()
     optimizer.zero_grad(set_to_none=True)
     for each in (efficiency, missed):
         if each is not None:
             each.close()
     return history
+
+
+def _write_down(path: Path, model: nn.Module, optimizer: Any, history: list[dict[str, float]], step: int) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history, "step": step}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state | {"random": torch.get_rng_state()}, half := path.with_suffix(".half"))
+    half.replace(path)  # at once: a kill leaves the old one or the new one
+
+
+def _found_again(path: Path, model: nn.Module, optimizer: Any) -> tuple[list[dict[str, float]], int]:
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])  # the order of the images, and how each is cropped
+    return state["history"], state["step"]
 
 
 def _losses(

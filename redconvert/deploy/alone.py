@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import dynamic_layers
+from .decide import Batch
 from .frames import full
 from .fuse import filter_of
 from .handover import link_units
 from .program import on_clips
-from .unit import Batch, Unit
+from .unit import Unit
 
 __all__ = ["in_layers"]
 

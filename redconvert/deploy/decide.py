@@ -1,119 +1,120 @@
-"""The gate of a layer for inference: one pass over its input, two small products, read once."""
+"""What a layer decides in a deployed network: what is forced or settled, or else what its gate says."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import one_hot
 
-from ..layers import Decision, GateWeights
-from ..layers.absorb import Handover
-from ..layers.gate import Gate, candidate_weights
+from ..layers import Decision, DynamicConv, GateWeights
 from ..layers.routing import FULL
-from . import kernels
-from .absorbed import masked_means
 from .frames import Frames
-from .pack import to_rows
+from .gate import FoldedGate
 
-__all__ = ["FoldedGate"]
+if TYPE_CHECKING:
+    from .unit import Unit
+
+__all__ = ["Batch", "Decider", "Seen"]
 
 
-class FoldedGate:
-    """``z = W2 tanh(W1 G(x) + b1) + b2``: norm, beta, threshold and pooling in time folded in (Eq. 4).
+class Seen(NamedTuple):
+    """What one call of a unit decided, for the observers of its layer."""
 
-    Computed in float32. Thresholds are read at every call, so that budgets hold at once; other changes of the gate
-    are not seen.
+    input_shape: torch.Size
+    output_shape: torch.Size
+    decisions: list[Decision]
+    weights: GateWeights
+    source: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """Which samples of the user's batch run now, of how many, and what the units saw of them.
+
+    ``samples``: None for all. ``forks``: those that decide differently may go on apart. ``always_ask``: gates run even
+    where everything is forced, for benchmarks of the whole. ``gates_run``: some do, so whoever has a clip at hand
+    averages it for them.
     """
 
-    def __init__(self, gate: Gate, reads: Handover | None = None) -> None:
-        self.gate, self.reads = gate, reads
-        self.split = gate.num_temporal if gate.num_temporal > 1 else 0  # z holds the temporal candidates first
-        self._version = -1
-        self._layers: dict[tuple[int, int, int], kernels.GateLayers] = {}
-        self._constant: Decision | None = None
+    samples: list[int] | None = None
+    total: int = 1
+    forks: bool = False
+    always_ask: bool = False
+    gates_run: bool = True
+    seen: dict[Unit, list[Seen]] = field(default_factory=dict)
 
-    def __call__(
-        self, x: Tensor | Frames, sources: list[int] | None = None, read: bool = True
-    ) -> tuple[list[Decision], Tensor]:
-        """From the layer's input, a decision per sample and z ``(N, S_t + S_c)``. The device is read once.
 
-        ``sources``: of a layer that reads what another hands over, which candidate of that each sample has.
-        ``read``: False where nobody follows the decisions: the device is not waited for, and they are FULL.
-        """
-        held, stride = (x.held, x.stride) if isinstance(x, Frames) else (x, 1)
-        compact = sources[0] if sources and self.reads is not None and held.shape[1] < self.reads.channels[0] else 0
-        key = (x.shape[2], stride, compact)
-        self._read_thresholds()
-        layers = self._layers.get(key) or self._fold(*key)
-        pooled = x.pooled if isinstance(x, Frames) else None
-        if not compact and self.reads is not None and sources is not None and any(sources):
-            pooled = masked_means(x, self.reads, sources)
-        z = layers(to_rows(held), pooled)
-        split, given = self.split, sources or [0] * z.shape[0]
-        if not read:
-            return [FULL._replace(source=source) for source in given], z
+class Decider:
+    """Decides for the samples that run, as the layer's modes, its thresholds and its gate say.
+
+    Attributes:
+        baked: the decision that the gate always takes, so that it need not be asked; None where it is.
+    """
+
+    def __init__(self, layer: DynamicConv, batch: Batch) -> None:
+        self.layer, self.batch = layer, batch
+        self.gate = FoldedGate(layer.gate, layer.told_by)
+        self.baked: Decision | None = None
+
+    def __call__(self, x: Tensor | Frames) -> tuple[list[Decision], Tensor | None]:
+        """One decision per sample, and what the gate said where it was asked."""
+        layer, num_samples = self.layer, x.shape[0]
+        if not layer.enabled:
+            return [FULL] * num_samples, None
+        sources = None if layer.told_by is None else layer.told_by.take(num_samples, layer.layer_name).candidates
+        if layer.forced == (None, None):
+            known = self.known()
+            if known is None:
+                return self.gate(x, sources)
+            if not sources:
+                return [known] * num_samples, None
+            return [known._replace(source=source) for source in sources], None
+        axes = self._forced(num_samples)
+        free = any(index is None for axis in axes for index in axis)
+        asked = (free or self.batch.always_ask) and not layer.candidates.is_static
+        gated, z = self.gate(x, sources, free) if asked else ([FULL] * num_samples, None)
         return [
-            Decision(_first_open(row[split:]), _first_open(row[:split]) if split else 0, False, source)
-            for row, source in zip(z.tolist(), given, strict=True)
+            Decision(g.channel if i is None else i, g.temporal if j is None else j, False, source)
+            for g, i, j, source in zip(gated, *axes, sources or [0] * num_samples, strict=True)
         ], z
 
-    @property
-    def constant(self) -> Decision | None:
-        """What it decides whatever it reads; None where that depends on the input.
+    def known(self) -> Decision | None:
+        """The decision of every input, where the gate need not be asked; None where it must be.
 
-        So it is after a budget by layers, which moves thresholds out of the input's reach.
+        Observers are told what gates say, and benchmarks time them, unless they are baked.
         """
-        self._read_thresholds()
-        return self._constant
+        if self.layer.candidates.is_static:
+            return FULL
+        if self.baked is not None or self.layer.observers or self.batch.always_ask:
+            return self.baked
+        return self.gate.constant
 
-    def _read_thresholds(self) -> None:
-        """Whatever was made of other thresholds is made anew."""
-        version = self.gate.threshold._version
-        if self._version == version:
-            return
-        self._version = version
-        self._layers.clear()
-        settled = self.gate.settled()
-        self._constant = None if settled is None else Decision(*settled)
+    def weights(self, decisions: list[Decision], z: Tensor | None) -> GateWeights:
+        """The weights that the layer itself would report: the gate's, or 1 for what was forced."""
+        candidates, found, device = self.layer.candidates, [], self.layer.weight.device
+        gated = None if z is None else self.gate.weights(z, self.layer.config.normalize)
+        sizes = (len(candidates.channels), len(candidates.strides))
+        for axis, (size, wanted) in enumerate(zip(sizes, self._forced(len(decisions)), strict=True)):
+            taken = torch.tensor([decision[axis] for decision in decisions], device=device)
+            rows = one_hot(taken, size).to(self.layer.gate.beta.dtype)
+            free = torch.tensor([index is None for index in wanted], device=device)
+            found.append(rows if gated is None else torch.where(free[:, None], gated[axis], rows))
+        return GateWeights(*found)
 
-    def weights(self, z: Tensor, normalize: bool) -> GateWeights:
-        """The weights that the layer itself would report for z."""
-        values, ones = torch.tanh(z), z.new_ones(len(z), 1)
-        channel, temporal = values[:, self.split :], values[:, : self.split]
-        return GateWeights(
-            *(candidate_weights(part, normalize) if part.shape[1] else ones for part in (channel, temporal))
-        )
-
-    def _fold(self, num_frames: int, stride: int, compact: int) -> kernels.GateLayers:
-        """The gate for clips of ``num_frames`` frames, of which every ``stride``-th is held and copied.
-
-        ``compact``: a candidate of the layer that is read, whose channels they hold alone.
-        """
-        gate, norm = self.gate, self.gate.norm
-        assert norm.running_mean is not None and norm.running_var is not None
-        scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
-        weight = (gate.fc1.weight.float() * scale[:, None]).detach()
-        # (hidden, C * T_gate) -> (hidden, T_gate, C) -> (T * C, hidden) for a clip of T frames
-        weight = weight.unflatten(1, (-1, gate.num_frames)).transpose(1, 2)
-        if compact and self.reads is not None:
-            weight = weight.index_select(2, self.reads.kept(compact))
-        if num_frames != gate.num_frames:
-            eye = torch.eye(num_frames, dtype=weight.dtype, device=weight.device)
-            pooling = F.adaptive_avg_pool1d(eye.unsqueeze(0), gate.num_frames)[0]  # (T, T_gate)
-            weight = torch.einsum("tg,hgc->htc", pooling, weight)
-        if stride > 1:
-            weight = torch.stack([part.sum(1) for part in weight.split(stride, dim=1)], dim=1)
-        bias = norm.bias.float() - norm.running_mean.float() * scale
-        shift = (gate.beta.float() - gate.threshold.float()).detach()
-        second = gate.fc2.weight.detach().float().T.contiguous(), shift.contiguous()
-        layers = kernels.GateLayers(weight.flatten(1).T.contiguous(), bias.detach().contiguous(), *second)
-        self._layers[num_frames, stride, compact] = layers
-        return layers
-
-
-def _first_open(row: list[float]) -> int:
-    """The largest open candidate: the first with z > 0, else the last."""
-    for index, z in enumerate(row):
-        if z > 0:
-            return index
-    return max(len(row) - 1, 0)
+    def _forced(self, num_samples: int) -> list[list[int | None]]:
+        """What `redconvert.forced` asks of these samples, on the channel and the temporal axis."""
+        layer, total = self.layer, max(self.batch.total, num_samples)
+        samples = self.batch.samples or range(num_samples)
+        axes: list[list[int | None]] = []
+        for axis, wanted in zip(("channel", "temporal"), layer.forced, strict=True):
+            if wanted is None:
+                axes.append([None] * num_samples)
+            elif isinstance(wanted, int):
+                axes.append([layer.candidates.nearest(axis, wanted)] * num_samples)
+            else:
+                candidates = layer.forced_candidates(axis, total)
+                axes.append([candidates[sample] for sample in samples])
+        return axes

@@ -22,12 +22,13 @@ from ..files import write_text_atomic
 from ..inputs import as_arguments, call_with, device_of, each_batch, evaluating, move_to, tensors_in
 from ..layers import Decision, DynamicConv, GateWeights, Observation, dynamic_layers, observed
 from .alone import in_layers
+from .decide import Batch, Seen
 from .fuse import fuse
 from .graphs import Captures
 from .pack import FORM_NAMES
 from .pathways import count_pathways, spread
 from .program import Program
-from .unit import Batch, Seen, Unit
+from .unit import Unit
 from .ways import WAYS
 
 __all__ = ["Deployed", "deploy"]
@@ -120,8 +121,8 @@ class Deployed(nn.Module):
         """Ask the gates of these layers no more; `forced` and `disabled` still act."""
         for layer, decision in decisions.items():
             unit = self._stand_ins.get(id(layer))
-            if unit is not None:
-                unit.baked = decision
+            if unit is not None and unit.decider is not None:
+                unit.decider.baked = decision
 
     def stand_in(self, layer: nn.Module) -> nn.Module:
         """The module that runs in a dynamic layer's place, for hooks and clocks."""

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from ..layers.absorb import Handover
 from ..layers.routing import select
 from . import vectors
+from .decide import Batch
 from .frames import Frames, full
 from .pack import to_rows
-from .unit import Batch
 
 __all__ = ["Excite", "Squeeze"]
 

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from ..layers import DynamicConv
 from ..layers.recipes import Recipe, recipe_of
+from .decide import Batch
 from .excite import Excite, Squeeze
 from .frames import GATES
 from .handover import link_units, tell_who_hands_over
 from .pack import Filter
 from .pool import Pool
-from .unit import Batch, Unit
+from .unit import Unit
 
 __all__ = ["filter_of", "fuse"]
 
@@ -135,7 +136,7 @@ def _tell_who_feeds_gates(graph: fx.Graph, units: dict[str, Unit], excites: dict
 
     def gates(node: fx.Node) -> int:
         readers = [units[user.target] for user in node.users if user.target in units and user.args[0] is node]
-        return sum(reader.gate is not None for reader in readers)
+        return sum(reader.decider is not None for reader in readers)
 
     for node in graph.nodes:
         if node.target is torch.cat:

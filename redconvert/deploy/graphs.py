@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ..errors import RedconvertError
 from ..inputs import tensors_in
 from ..layers import DynamicConv
-from .unit import Batch, Unit
+from .decide import Batch
+from .unit import Unit
 
 __all__ = ["Captures"]
 

@@ -16,10 +16,11 @@ from ..convert.rewrite import convert_layer
 from ..cost import interleaved
 from ..layers import Handover, forced
 from ..progress import progress_bar
+from .decide import Batch
 from .frames import full
 from .fuse import filter_of
 from .program import on_clips
-from .unit import Batch, Unit
+from .unit import Unit
 
 __all__ = ["time_candidates"]
 

@@ -11,12 +11,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import pointwise
+from .decide import Batch
 from .excite import Excite, Squeeze
 from .forks import Regions
 from .frames import GATES, Frames, Place, Room, full
 from .pack import channels_last
 from .pool import Pool
-from .unit import Batch, Fork, Unit
+from .unit import Fork, Unit
 
 __all__ = ["Program", "on_clips"]
 

@@ -27,7 +27,7 @@ TYPES = (torch.float32, torch.float16)
 def serves(unit: Unit) -> bool:
     """Whether `TritonUnit` computes what this unit does: dynamic 1x1x1 or 1x3x3, without groups or dilation."""
     f, layer = unit.filter, unit.layer
-    if unit.gate is None or unit.dim != 3 or f.groups != 1 or unit.activation not in ("relu", "none"):
+    if unit.decider is None or unit.dim != 3 or f.groups != 1 or unit.activation not in ("relu", "none"):
         return False
     geometry = f.kernel in ((1, 1, 1), (1, 3, 3)) and f.stride[0] == 1 and f.padding[0] == 0
     square = f.stride[1] == f.stride[2] and f.padding[1] == f.padding[2] and f.dilation == (1, 1, 1)

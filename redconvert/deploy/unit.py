@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
-from ..layers import Decision, DynamicConv, GateWeights
+from ..layers import Decision, DynamicConv
 from ..layers.absorb import Source
 from ..layers.routing import FULL, group_samples, route, select
 from .absorbed import absorbed_filter, kept_alone, spread_out
-from .decide import FoldedGate
+from .decide import Batch, Decider, Seen
 from .frames import Frames, Place, full
 from .kernels import Filling
 from .pack import Filter, PackedConv
@@ -23,40 +22,13 @@ from .taps import reading
 from .vectors import ACTIVATIONS
 from .ways import Undecided, whole_filter
 
-__all__ = ["Batch", "Fork", "Seen", "Unit"]
-
-
-class Seen(NamedTuple):
-    """What one call of a unit decided, for the observers of its layer."""
-
-    input_shape: torch.Size
-    output_shape: torch.Size
-    decisions: list[Decision]
-    weights: GateWeights
-    source: Tensor | None = None
+__all__ = ["Fork", "Unit"]
 
 
 class Fork(NamedTuple):
     """What a unit returns instead of a result where samples decide differently and may part: who goes with whom."""
 
     groups: list[list[int]]
-
-
-@dataclass
-class Batch:
-    """Which samples of the user's batch run now, of how many, and what the units saw of them.
-
-    ``samples``: None for all. ``forks``: those that decide differently may go on apart. ``always_ask``: gates run even
-    where everything is forced, for benchmarks of the whole. ``gates_run``: some do, so whoever has a clip at hand
-    averages it for them.
-    """
-
-    samples: list[int] | None = None
-    total: int = 1
-    forks: bool = False
-    always_ask: bool = False
-    gates_run: bool = True
-    seen: dict[Unit, list[Seen]] = field(default_factory=dict)
 
 
 class Unit(nn.Module):
@@ -76,7 +48,7 @@ class Unit(nn.Module):
         reader, source: the unit that reads the channels which this one hands over, and whose channels it reads or
             carries.
         hands_compact: the reader gets what was computed alone, where all samples computed the same channels.
-        baked: the decision that the gate always takes, so that it need not be asked; None where it is.
+        decider: of a dynamic layer; None for a dense one.
     """
 
     def __init__(
@@ -95,12 +67,11 @@ class Unit(nn.Module):
         self.scale, self.shift = norm if norm is not None else (ones, torch.zeros_like(ones))
         self.filter, self.activation, self.batch, self.forms = filter, activation, batch, forms or {}
         self.folded = filter if norm is None else filter.scaled(*norm)
-        self.gate = FoldedGate(conv.gate, conv.told_by) if isinstance(conv, DynamicConv) else None
+        self.decider = Decider(conv, batch) if isinstance(conv, DynamicConv) else None
         self.feeds_gate = self.feeds_mean = self.hands_compact = False
         self._linked: dict[str, Unit] = {}  # in a dictionary: they are no parts of this one
         self._followers: list[Unit] = []  # who reads and who carries
         self._said: tuple[list[Decision], Tensor | None] = [], None
-        self.baked: Decision | None = None
         self._packs: dict[str, PackedConv] = {}
         self._shapes: dict[torch.Size, torch.Size] = {}
         self._paths: dict[tuple[Decision, bool, int, int], Path | Undecided | None] = {}
@@ -165,9 +136,9 @@ class Unit(nn.Module):
 
         ``forks``: whoever calls knows what to do with a `Fork`.
         """
-        if self.gate is None:
+        if self.decider is None:
             return self.run(x, residual, FULL, overwrite)
-        decisions, z = self.decide(x)
+        decisions, z = self.decider(x)
         alone = self._hand_over(decisions, z)
         first = decisions[0]
         if len(decisions) == 1 or decisions.count(first) == len(decisions):
@@ -178,9 +149,13 @@ class Unit(nn.Module):
             out = self._in_groups(x, residual, decisions, alone)
         if self.layer.observers:
             given, made = _with_channels(x.shape, self.in_channels), _with_channels(out.shape, self.channels)
-            weights = self._weights(decisions, z)
+            weights = self.decider.weights(decisions, z)
             self.batch.seen.setdefault(self, []).append(Seen(given, made, decisions, weights, self._source_weights()))
         return out
+
+    def known(self) -> Decision | None:
+        """What it decides whatever it reads; None where its gate must be asked."""
+        return FULL if self.decider is None else self.decider.known()
 
     def _in_groups(self, x: Value, residual: Value | None, decisions: list[Decision], alone: bool) -> Tensor:
         """Samples that decide alike together."""
@@ -195,13 +170,13 @@ class Unit(nn.Module):
     def _hand_over(self, decisions: list[Decision], z: Tensor | None) -> bool:
         """Tell the reader what it will get; whether that is the computed channels alone."""
         handover = self.layer.hands_to
-        if handover is None:
+        if handover is None or self.decider is None:
             return False
         self._said = decisions, z
         reader, candidates = self.reader, [decision.channel for decision in decisions]
         # Units ask for weights only where somebody looks; a follower may be none.
         looks = reader is None or self.layer.observers
-        told = self._weights(decisions, z).channel if looks else self.filter.weight
+        told = self.decider.weights(decisions, z).channel if looks else self.filter.weight
         handover.source = Source(told, candidates)
         alike = candidates.count(candidates[0]) == len(candidates)
         return self.hands_compact and alike and all(unit.layer.enabled for unit in self._followers)
@@ -210,67 +185,10 @@ class Unit(nn.Module):
         """The weights over the candidates of the layer that hands over."""
         if self.layer.told_by is None:
             return None
-        return self.layer.told_by.source.weights if self.source is None else self.source._weights(*self.source._said)[0]
-
-    def decide(self, x: Value) -> tuple[list[Decision], Tensor | None]:
-        """One decision per sample, and what the gate said where it was asked."""
-        layer, num_samples = self.layer, x.shape[0]
-        if self.gate is None or not layer.enabled:
-            return [FULL] * num_samples, None
-        sources = None if layer.told_by is None else layer.told_by.take(num_samples, layer.layer_name).candidates
-        given = sources or [0] * num_samples
-        if layer.forced == (None, None):
-            known = self.known()
-            if known is None:
-                return self.gate(x, sources)
-            return [known._replace(source=source) for source in given], None
-        axes = self._forced(num_samples)
-        free = any(index is None for axis in axes for index in axis)
-        asked = (free or self.batch.always_ask) and not layer.candidates.is_static
-        gated, z = self.gate(x, sources, free) if asked else ([FULL] * num_samples, None)
-        return [
-            Decision(g.channel if i is None else i, g.temporal if j is None else j, False, source)
-            for g, i, j, source in zip(gated, *axes, given, strict=True)
-        ], z
-
-    def known(self) -> Decision | None:
-        """The decision of every input, where the gate need not be asked; None where it must be.
-
-        Observers are told what gates say, and benchmarks time them, unless they are baked.
-        """
-        if self.gate is not None and self.layer.candidates.is_static:
-            return FULL
-        if self.baked is not None or self.gate is None or self.layer.observers or self.batch.always_ask:
-            return self.baked
-        return self.gate.constant
-
-    def _forced(self, num_samples: int) -> list[list[int | None]]:
-        """What `redconvert.forced` asks of these samples, on the channel and the temporal axis."""
-        layer, total = self.layer, max(self.batch.total, num_samples)
-        samples = self.batch.samples or range(num_samples)
-        axes: list[list[int | None]] = []
-        for axis, wanted in zip(("channel", "temporal"), layer.forced, strict=True):
-            if wanted is None:
-                axes.append([None] * num_samples)
-            elif isinstance(wanted, int):
-                axes.append([layer.candidates.nearest(axis, wanted)] * num_samples)
-            else:
-                candidates = layer.forced_candidates(axis, total)
-                axes.append([candidates[sample] for sample in samples])
-        return axes
-
-    def _weights(self, decisions: list[Decision], z: Tensor | None) -> GateWeights:
-        """The weights that the layer itself would report: the gate's, or 1 for what was forced."""
-        assert self.gate is not None
-        candidates, found = self.layer.candidates, []
-        gated = None if z is None else self.gate.weights(z, self.layer.config.normalize)
-        sizes = (len(candidates.channels), len(candidates.strides))
-        for axis, (size, wanted) in enumerate(zip(sizes, self._forced(len(decisions)), strict=True)):
-            taken = torch.tensor([decision[axis] for decision in decisions], device=self.filter.weight.device)
-            rows = one_hot(taken, size).to(self.layer.gate.beta.dtype)
-            free = torch.tensor([index is None for index in wanted], device=rows.device)
-            found.append(rows if gated is None else torch.where(free[:, None], gated[axis], rows))
-        return GateWeights(*found)
+        source = self.source
+        if source is None or source.decider is None:
+            return self.layer.told_by.source.weights
+        return source.decider.weights(*source._said).channel
 
     # -- compute ---------------------------------------------------------------------------------------
 
@@ -328,7 +246,7 @@ class Unit(nn.Module):
         """What a decision does with clips that hold every ``stride``-th frame; None where it needs all of them."""
         i, j = decision.channel, decision.temporal
         base = self._base(i, decision.source, alone)
-        skip = self.layer.candidates.strides[j] if self.gate is not None else 1
+        skip = self.layer.candidates.strides[j] if self.decider is not None else 1
         clips = skip, num_frames, stride, self._filling(j) is None
         read = reading(base, *clips)
         path: Path | Undecided | None = None

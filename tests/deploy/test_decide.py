@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import redconvert
-from redconvert.deploy.decide import FoldedGate, _first_open
+from redconvert.deploy.gate import FoldedGate, _first_open
 from redconvert.layers import dynamic_layers
 from redconvert.layers.gate import Gate
 

@@ -223,7 +223,7 @@ def test_forms_are_kept_in_memory_and_on_disk(clips, tmp_path):
 
 
 def test_gates_that_never_change_their_mind_are_not_asked(clips, monkeypatch):
-    from redconvert.deploy.decide import FoldedGate
+    from redconvert.deploy.gate import FoldedGate
 
     dynamic = dynamic_from(Video(), clips)
     undecided_gates(dynamic)

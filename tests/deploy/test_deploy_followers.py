@@ -50,7 +50,8 @@ def network(dims, se="no", **options):
 
 
 def units(fast):
-    return {each.layer.layer_name: each for each in fast.modules() if isinstance(each, Unit) and each.gate is not None}
+    found = [each for each in fast.modules() if isinstance(each, Unit) and each.decider is not None]
+    return {each.layer.layer_name: each for each in found}
 
 
 def decisions(x, dims, count=2):

@@ -142,7 +142,7 @@ def test_no_graphs_on_a_cpu_nor_of_decisions_that_the_input_makes():
 
 def test_gates_that_nobody_follows_are_not_read(monkeypatch):
     from redconvert.deploy.bench import asked
-    from redconvert.deploy.decide import FoldedGate
+    from redconvert.deploy.gate import FoldedGate
 
     x = torch.randn(2, 3, 4, 9, 9)
     fast = redconvert.deploy(dynamic_from(Video(), x[:1]), x[:1])

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import redconvert
+from redconvert.deploy.decide import Batch
 from redconvert.deploy.pack import Filter
 from redconvert.deploy.triton_conv import TritonUnit, device_decisions, serves
-from redconvert.deploy.unit import Batch, Unit
+from redconvert.deploy.unit import Unit
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3}
 CHANNEL, TEMPORAL = [0, 1, 1, 0], [0, 0, 1, 1]
