@@ -11,6 +11,7 @@ from torch import nn
 from .config import LayerConfig
 from .convert import convert_layer
 from .layers import Candidates, DynamicConv
+from .layers.absorb import Ties
 from .weights import without_compile
 
 __all__ = ["SavedLayer", "conv_facts", "describe", "unpaired"]
@@ -40,11 +41,13 @@ class SavedLayer:
             num_frames=self.num_frames,
             gate_frames=self.gate_frames,
             feeds_norm=self.feeds_norm,
-            hands_over=self.reader is not None,
-            reads=self.reads,
-            carries=self.carries,
-            aside=self.source is not None and self.carries is None,
-            decides=self.decides,
+            ties=Ties(
+                hands_over=self.reader is not None,
+                reads=self.reads,
+                carries=self.carries,
+                aside=self.source is not None and self.carries is None,
+                decides=self.decides,
+            ),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.utils import parametrize
 from ..config import ConvertConfig, LayerConfig
 from ..errors import RedconvertError
 from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d
+from ..layers.absorb import ALONE, Ties
 from ..layers.base import ADDED_ATTRIBUTES
 from ..layers.candidates import Candidates
 from ..layers.macs import LayerMacs, layer_macs
@@ -143,7 +143,7 @@ def judge(
     if rule is None and saving < config.min_saving:
         what = "depthwise with nothing to save" if module.groups == module.in_channels > 1 else "too small to pay"
         reason = f"{what}: its lowest candidate saves {saving:.0%}, min_saving is {config.min_saving:.0%}"
-        handing = probe(module, chosen, num_frames, facts, hands_over=True) if chosen.absorb else macs
+        handing = probe(module, chosen, num_frames, facts, Ties(hands_over=True)) if chosen.absorb else macs
         pays = 1 - handing.lowest / handing.dense >= config.min_saving
         return replace(verdict, reason=reason, num_frames=num_frames, source=chosen if pays else None)
     return accepted(replace(verdict, reason=note, num_frames=num_frames), chosen, candidates, macs)
@@ -230,11 +230,7 @@ def probe(
     config: LayerConfig,
     num_frames: int | None,
     facts: ConvFacts,
-    hands_over: bool = False,
-    reads: Sequence[int] | None = None,
-    carries: Sequence[int] | None = None,
-    aside: bool = False,
-    decides: bool = True,
+    ties: Ties = ALONE,
 ) -> LayerMacs:
     """MACs of the dynamic layer that this convolution would become, from a copy without numbers."""
     three_d = isinstance(module, nn.Conv3d)
@@ -254,14 +250,6 @@ def probe(
     kind: Any = nn.Conv3d if three_d else nn.Conv2d
     probe = kind(module.in_channels, module.out_channels, **arguments)
     probe.__class__ = DynamicConv3d if three_d else DynamicConv2d
-    probe.make_dynamic(
-        config,
-        num_frames=num_frames,
-        gate_frames=shape_in[-3] if three_d else None,
-        hands_over=hands_over,
-        reads=reads,
-        carries=carries,
-        aside=aside,
-        decides=decides,
-    )
+    gate_frames = shape_in[-3] if three_d else None
+    probe.make_dynamic(config, num_frames=num_frames, gate_frames=gate_frames, ties=ties)
     return layer_macs(probe, shape_in, shape_out)

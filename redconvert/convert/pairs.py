@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from ..layers import DynamicConv
+from ..layers.absorb import Ties
 from .judge import Verdict, accepted, probe
 from .neighbours import is_depthwise
 
-__all__ = ["follower_options", "pair"]
+__all__ = ["pair", "ties_of_follower"]
 
 # A reader, and who follows, with fewer of their source's MACs save next to nothing, and behind activation and pool
 # channels tell less of each other than in front: I3D kept fewer answers with its 7x7x7 stem absorbed by the 1x1x1
@@ -28,29 +29,48 @@ def pair(
     ``alone``: what was found of each before any were paired.
     """
     found = {verdict.name: _unpaired(verdict, alone or {}) for verdict in verdicts}
-    readers = {name: reader for name, verdict in found.items() if (reader := _reader(verdict, found, modules))}
-    between = {each: name for name in readers for each in found[name].facts.followers}
-    readers = {name: reader for name, reader in readers.items() if name not in between and reader not in between}
-    between = {each: name for name in readers for each in found[name].facts.followers}
+    readers = _readers(found, modules)
     sources = {reader: name for name, reader in readers.items()}
+    between = _between(readers, found)
     for name in readers:
-        if (config := found[name].source) is not None and not found[name].converted:
-            candidates = DynamicConv.plan_candidates(modules[name], config, found[name].num_frames)
-            macs = probe(modules[name], config, found[name].num_frames, found[name].facts, hands_over=True)
-            found[name] = accepted(replace(found[name], reason=""), config, candidates, macs)
+        found[name] = _handing_over(found[name], modules[name])
     followed = between | {reader: name for reader, name in sources.items() if not found[reader].converted}
-    for name, source_name in followed.items():
-        found[name] = _following(found[name], found[source_name], modules[name], aside=name in between)
+    for name, source in followed.items():
+        found[name] = _following(found[name], found[source], modules[name], aside=name in between)
     before = {each for verdict in verdicts if verdict.reader for each in (verdict.name, verdict.reader)}
     for name in {*readers, *sources, *before} - {*followed}:
-        verdict, source = found[name], found.get(sources.get(name, ""))
+        verdict = found[name]
         if verdict.config is None:  # measured, and left dense since
             continue
-        reads = None if source is None else source.channels
-        macs = probe(modules[name], verdict.config, verdict.num_frames, verdict.facts, name in readers, reads)
+        reads = found[sources[name]].channels if name in sources else None
+        ties = Ties(hands_over=name in readers, reads=reads)
+        macs = probe(modules[name], verdict.config, verdict.num_frames, verdict.facts, ties)
         lowest = None if verdict.dense_macs is None else macs.lowest
         found[name] = replace(verdict, reader=readers.get(name), lowest_macs=lowest)
     return tuple(found[verdict.name] for verdict in verdicts)
+
+
+def _readers(found: Mapping[str, Verdict], modules: Mapping[str, Any]) -> dict[str, str]:
+    """By name of a convolution that can hand over, that of its reader; none of them stands between two others."""
+    readers = {name: reader for name, verdict in found.items() if (reader := _reader(verdict, found, modules))}
+    between = _between(readers, found)
+    return {name: reader for name, reader in readers.items() if name not in between and reader not in between}
+
+
+def _between(readers: Mapping[str, str], found: Mapping[str, Verdict]) -> dict[str, str]:
+    """By name of a convolution that follows another on the way to its reader, that of the other."""
+    return {each: name for name in readers for each in found[name].facts.followers}
+
+
+def _handing_over(verdict: Verdict, module: nn.Conv2d | nn.Conv3d) -> Verdict:
+    """The verdict on a convolution that hands over, also where it would not pay to rebuild behind it."""
+    config = verdict.source
+    if verdict.converted or config is None:
+        return verdict
+    planned = DynamicConv.plan_candidates(module, config, verdict.num_frames)
+    return replace(
+        verdict, converted=True, reason="", config=config, channels=planned.channels, strides=planned.strides
+    )
 
 
 def _unpaired(verdict: Verdict, alone: Mapping[str, Verdict]) -> Verdict:
@@ -91,17 +111,17 @@ def _following(verdict: Verdict, source: Verdict, module: nn.Conv2d | nn.Conv3d,
     config = verdict.follower
     assert config is not None
     candidates = DynamicConv.plan_candidates(module, config, source.num_frames).following(is_depthwise(module))
-    options = follower_options(module, source.channels, aside)
-    macs = probe(module, config, source.num_frames, verdict.facts, **options)
+    ties = ties_of_follower(module, source.channels, aside)
+    macs = probe(module, config, source.num_frames, verdict.facts, ties)
     verdict = replace(verdict, reason="", num_frames=source.num_frames, follows=source.name)
     return accepted(verdict, config, candidates, macs)
 
 
-def follower_options(module: Any, channels: Sequence[int], aside: bool = True) -> dict[str, Any]:
-    """How a convolution becomes one that follows another, whose candidates compute so many channels.
+def ties_of_follower(module: Any, channels: Sequence[int], aside: bool = True) -> Ties:
+    """Of a convolution that follows another, whose candidates compute so many channels.
 
     ``aside``: another one reads them, too, and absorbs.
     """
     if is_depthwise(module):
-        return {"carries": channels}
-    return {"reads": channels, "aside": aside, "decides": False}
+        return Ties(carries=channels)
+    return Ties(reads=channels, aside=aside, decides=False)

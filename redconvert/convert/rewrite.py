@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,9 +10,9 @@ from torch import nn
 from ..config import ConvertConfig, LayerConfig
 from ..errors import RedconvertError
 from ..layers import DynamicConv, DynamicConv2d, DynamicConv3d, dynamic_layers
-from ..layers.absorb import link
+from ..layers.absorb import ALONE, Ties, link
 from ..layers.base import ADDED_ATTRIBUTES, ADDED_MODULES
-from .pairs import follower_options
+from .pairs import ties_of_follower
 from .plan import make_plan
 
 __all__ = ["convert", "convert_layer", "restore_layer", "revert"]
@@ -63,9 +62,9 @@ def convert(
     handed = {verdict.name: verdict.channels for verdict in plan.converted if verdict.reader is not None}
     channels = {verdict.reader: handed[verdict.name] for verdict in plan.converted if verdict.reader is not None}
     ties = {
-        verdict.name: {"reads": channels.get(verdict.name)}
+        verdict.name: Ties(hands_over=verdict.reader is not None, reads=channels.get(verdict.name))
         if verdict.follows is None
-        else follower_options(modules[verdict.name], handed[verdict.follows], aside=verdict.name not in channels)
+        else ties_of_follower(modules[verdict.name], handed[verdict.follows], aside=verdict.name not in channels)
         for verdict in plan.converted
     }
     done: list[DynamicConv] = []
@@ -80,8 +79,7 @@ def convert(
                     num_frames=verdict.num_frames,
                     gate_frames=verdict.facts.clip_frames,
                     feeds_norm=verdict.facts.feeds_norm,
-                    hands_over=verdict.reader is not None,
-                    **ties[verdict.name],
+                    ties=ties[verdict.name],
                 )
             )
         for verdict in plan.converted:
@@ -104,16 +102,11 @@ def convert_layer(
     num_frames: int | None = None,
     gate_frames: int | None = None,
     feeds_norm: bool = False,
-    hands_over: bool = False,
-    reads: Sequence[int] | None = None,
-    carries: Sequence[int] | None = None,
-    aside: bool = False,
-    decides: bool = True,
+    ties: Ties = ALONE,
 ) -> DynamicConv:
     """Turn one Conv2d or Conv3d dynamic in place; it stays the same object with the same parameters.
 
-    One that ``hands_over`` its channels, and one that ``reads`` or ``carries`` those of another, needs
-    `redconvert.layers.absorb.link` after.
+    One that shares channels with others, as its ``ties`` say, needs `redconvert.layers.absorb.link` after.
     """
     conv.__class__ = _dynamic_class(type(conv))
     assert isinstance(conv, DynamicConv)
@@ -123,11 +116,7 @@ def convert_layer(
             name=name,
             num_frames=num_frames,
             gate_frames=gate_frames,
-            hands_over=hands_over,
-            reads=reads,
-            carries=carries,
-            aside=aside,
-            decides=decides,
+            ties=ties,
         )
         if feeds_norm:
             conv.feeds_norm = True

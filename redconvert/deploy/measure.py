@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.judge import CandidateTimes, Verdict
-from ..convert.pairs import follower_options
+from ..convert.pairs import ties_of_follower
 from ..convert.rewrite import convert_layer
 from ..cost import interleaved
 from ..layers import Handover, forced
+from ..layers.absorb import Ties
 from ..progress import progress_bar
 from .decide import Batch
 from .frames import full
@@ -75,8 +76,7 @@ def _timed(conv: nn.Conv2d | nn.Conv3d, verdict: Verdict) -> CandidateTimes:
         verdict.config,
         num_frames=verdict.num_frames,
         gate_frames=verdict.facts.clip_frames,
-        hands_over=absorbed,
-        **({} if verdict.follows is None else follower_options(conv, verdict.channels)),
+        ties=Ties(hands_over=absorbed) if verdict.follows is None else ties_of_follower(conv, verdict.channels),
     )
     if absorbed:
         assert dynamic.cheap_c is not None

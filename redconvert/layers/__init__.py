@@ -6,7 +6,7 @@ from .candidates import Candidates
 from .conv import DynamicConv2d, DynamicConv3d
 from .frames import FrameRebuild
 from .gate import Gate, GateWeights
-from .inputs import InputMixtures
+from .mixtures import InputMixtures
 from .modes import capturable, disabled, dynamic_layers, forced, observed, resting_gates
 from .rebuild import ChannelRebuild
 from .recipes import Recipe, recipe_of, register

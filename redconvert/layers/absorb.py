@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from .rebuild import ChannelRebuild
 
 __all__ = [
+    "ALONE",
     "Absorbed",
     "Choice",
     "Handover",
     "Source",
+    "Ties",
     "carry",
     "followers",
     "link",
@@ -49,6 +51,27 @@ class Source(NamedTuple):
 
     weights: Tensor
     candidates: list[int]
+
+
+class Ties(NamedTuple):
+    """What a layer shares with others, said when it is made; `link` ties them to each other after.
+
+    Attributes:
+        hands_over: it rebuilds no channels.
+        reads: how many channels each candidate of the layer computes whose channels this one reads.
+        carries: the same, of a depthwise convolution that stands between those two and has all of the channels.
+        aside: another one reads the channels, too, and absorbs.
+        decides: about its own channels and frames; one that carries decides about frames alone.
+    """
+
+    hands_over: bool = False
+    reads: Sequence[int] | None = None
+    carries: Sequence[int] | None = None
+    aside: bool = False
+    decides: bool = True
+
+
+ALONE = Ties()
 
 
 class Handover:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 from ..config import LayerConfig
 from ..errors import RedconvertError
-from .absorb import Absorbed, Handover, Source, carry, mask_absent
+from .absorb import ALONE, Absorbed, Handover, Source, Ties, carry, mask_absent
 from .candidates import Candidates
 from .cheap import resolve_cheap
 from .composed import compose, composes
 from .frames import FrameRebuild
 from .gate import Gate, GateWeights, NoGate, candidate_weights
 from .geometry import check_input
-from .inputs import InputMixtures, mixture_counts
 from .masked import pool
+from .mixtures import InputMixtures, mixture_counts
 from .rebuild import ChannelRebuild
 from .recipes import Recipe, recipe_of
 from .routing import FULL, Decision, decide, group_samples, route, sample_rows, select
@@ -101,11 +101,7 @@ class DynamicConv(nn.Module):
         name: str = "",
         num_frames: int | None = None,
         gate_frames: int | None = None,
-        hands_over: bool = False,
-        reads: Sequence[int] | None = None,
-        carries: Sequence[int] | None = None,
-        aside: bool = False,
-        decides: bool = True,
+        ties: Ties = ALONE,
     ) -> None:
         """Add gate and cheap operations to a plain convolution whose class has been set to this one.
 
@@ -114,31 +110,30 @@ class DynamicConv(nn.Module):
             name: the layer's, for messages; it also seeds the gate's start.
             num_frames: frames per clip where time is folded into the batch of a 2D convolution.
             gate_frames: frames that the layer saw in an example.
-            hands_over: rebuild no channels; `link` ties the layer to the one that reads them.
-            reads: how many channels each candidate of the layer hands over whose channels this one reads.
-            carries: the same, of a depthwise convolution that stands between those two and has all of the channels.
-            aside: another one reads the channels, too, and absorbs.
-            decides: about its own channels and frames; one that carries decides about frames alone.
+            ties: what it shares with other layers.
         """
         self.config, self.num_frames, self.layer_name = config, num_frames, name or type(self).__name__
         self.candidates = self.plan_candidates(self, config, num_frames)
-        self.carried, self.aside = None if carries is None else tuple(carries), aside
-        if self.carried is not None or not decides:
-            self.candidates = self.candidates.following(carries=self.carried is not None)
+        if ties.carries is not None:
+            self.carried = tuple(ties.carries)
+        if ties.aside:
+            self.aside = True
+        if ties.carries is not None or not ties.decides:
+            self.candidates = self.candidates.following(carries=ties.carries is not None)
         elif self.candidates.is_static:
             raise RedconvertError(f"layer '{self.layer_name}' has one channel and no time axis: nothing to decide")
         self.cheap_c = self.cheap_t = self.cheap_in = self.mixed_in = None
         if len(self.candidates.channels) > 1:
             per_output = self.weight[0].numel()
-            cheap = "none" if hands_over else config.cheap
+            cheap = "none" if ties.hands_over else config.cheap
             kinds = [resolve_cheap(cheap, kept, per_output, self.groups) for kept in self.candidates.channels[1:]]
             self.cheap_c = ChannelRebuild(self.candidates, kinds, self.groups).to(self.weight.device)
             self.start_cheap()
         if len(self.candidates.strides) > 1:
             self.cheap_t = FrameRebuild(self.candidates)
-        if reads is not None:
-            self.cheap_in = Absorbed(reads, self.out_channels, self.kernel_size)
-        elif config.mix_inputs and self.cheap_c is not None and not hands_over:
+        if ties.reads is not None:
+            self.cheap_in = Absorbed(ties.reads, self.out_channels, self.kernel_size)
+        elif config.mix_inputs and self.cheap_c is not None and not ties.hands_over:
             counts = mixture_counts(self, self.candidates.channels, config.align)
             self.mixed_in = None if counts is None else InputMixtures(counts)
         has_time = isinstance(self, nn.Conv3d) or num_frames is not None

@@ -18,8 +18,8 @@ import redconvert
 from redconvert import ConvertConfig, DynamicConv2d, DynamicConv3d, LayerConfig, RedconvertError
 from redconvert.layers import Decision, InputMixtures
 from redconvert.layers.gate import candidate_weights
-from redconvert.layers.inputs import InputMixture, mixture_counts
 from redconvert.layers.macs import layer_macs
+from redconvert.layers.mixtures import InputMixture, mixture_counts
 
 CONV = {2: (nn.Conv2d, DynamicConv2d, F.conv2d), 3: (nn.Conv3d, DynamicConv3d, F.conv3d)}
 
