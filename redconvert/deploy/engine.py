@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .graphs import Captures
 from .pack import FORM_NAMES
 from .pathways import count_pathways, spread
 from .program import Program
+from .replay import Replays
 from .unit import Unit
 from .ways import WAYS
 
@@ -63,6 +65,7 @@ class Deployed(nn.Module):
         trace: bool = True,
         problem: str | None = None,
         pathways: int = 0,
+        record: bool = True,
     ) -> None:
         super().__init__()
         _stay_outside_graphs()
@@ -89,6 +92,9 @@ class Deployed(nn.Module):
         clips = all(id(layer) in self._stand_ins and isinstance(layer, nn.Conv3d) for layer in layers)
         self.one_by_one = clips and self._like.device.type == "cpu"
         self._captures = Captures(layers, self._stand_ins, self.batch)
+        self.replays: Replays | None = None
+        if record and graph is not None and self._like.device.type == "cpu":
+            self.replays = Replays(layers, graph, {**modules, **units}, self.batch)
         super().train(False)
 
     def _trace(self, root: nn.Module) -> fx.Graph | None:
@@ -123,6 +129,8 @@ class Deployed(nn.Module):
             unit = self._stand_ins.get(id(layer))
             if unit is not None and unit.decider is not None:
                 unit.decider.baked = decision
+        if self.replays is not None:
+            self.replays.clear()
 
     def stand_in(self, layer: nn.Module) -> nn.Module:
         """The module that runs in a dynamic layer's place, for hooks and clocks."""
@@ -182,14 +190,22 @@ class Deployed(nn.Module):
         self.batch.total, self.batch.samples = total, None
         self.batch.forks = self._like.device.type == "cpu" and not any(layer.observers for layer in self._layers)
         self.batch.gates_run = self.batch.always_ask or any(map(self._asks_its_gate, self._layers))
+        state = None if self.replays is None else self.replays.state()
         outputs = []
         for sample in range(total):
             self.batch.samples = [sample] if total > 1 else None
             part = slice(sample * frames, (sample + 1) * frames) if total > 1 else slice(None)
             one = tree_map(lambda leaf, part=part: _cut(leaf, part), (args, kwargs))
-            outputs.append(self._program(*self._spread(one[0]), **one[1]))
+            outputs.append(self._run(one[0], one[1], state))
         self._tell(total)
         return outputs[0] if total == 1 else _joined(outputs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> Any:
+        """The program, or what was recorded of it."""
+        args = self._spread(args)
+        if state is None or self.replays is None:
+            return self._program(*args, **kwargs)
+        return self.replays(state, args, kwargs, partial(self._program, *args, **kwargs))
 
     def _spread(self, args: tuple[Any, ...]) -> Any:
         """The arguments of the program: the tensors of a list, where it was read for so many."""
@@ -254,6 +270,7 @@ def deploy(
     forms: Forms | str | os.PathLike[str] | None = None,
     bake: Any = None,
     check: bool = True,
+    record: bool = True,
 ) -> Deployed:
     """Make a converted network fast: for inference, with the same results, following the same decisions.
 
@@ -272,6 +289,8 @@ def deploy(
         bake: batches over which to watch the gates: those that never change their mind are not asked again, which saves
             their time. Deploy again after a change of the budget.
         check: compare, where there are example inputs.
+        record: on a CPU, write down the calls of a pass when its decisions are met for the second time, and make these
+            calls alone from then on.
 
     Raises:
         RedconvertError: no dynamic layers, or results that differ from the network's.
@@ -280,7 +299,7 @@ def deploy(
         raise RedconvertError("this network is deployed already: deploy its .network again after a change")
     dynamic_layers(dynamic)
     forms = _read_forms(forms) if isinstance(forms, str | os.PathLike) else forms
-    fast = Deployed(dynamic, forms, pathways=count_pathways(example_inputs))
+    fast = Deployed(dynamic, forms, pathways=count_pathways(example_inputs), record=record)
     constant = _constant_decisions(dynamic, bake) if bake is not None else {}
     fast.bake(constant)
     if example_inputs is None:

@@ -60,15 +60,14 @@ class Regions:
         self._ends = [next((j for j in range(i, len(nodes)) if not apart[j]), len(nodes)) for i in range(len(nodes))]
         self._apart = {node for node, alone in zip(nodes, apart, strict=True) if alone} | self.inputs
         self._regions: dict[int, Region | None] = {}
-        self._handovers = {
-            module.layer.hands_to: module
-            for module in modules.values()
-            if isinstance(module, Unit) and getattr(module.layer, "hands_to", None) is not None
-        }
+        units = [module for module in modules.values() if isinstance(module, Unit)]
+        handing = [unit for unit in units if getattr(unit.layer, "hands_to", None) is not None]
         # Whoever reads the channels outside a unit is told of weights, which have a row for each sample of the batch.
-        self._tied = any(unit.reader is None for unit in self._handovers.values())
+        self._tied = any(unit.reader is None for unit in handing)
+        told = [getattr(unit.layer, "told_by", None) for unit in units]  # some by layers that are no units
+        self._handovers = {unit.layer.hands_to for unit in handing} | {each for each in told if each is not None}
         places = {modules.get(str(node.target)): at for at, node in enumerate(nodes)}
-        handing = [unit for unit in self._handovers.values() if unit in places]
+        handing = [unit for unit in handing if unit in places]
         self._spans = [(places[unit], places.get(unit.reader, len(nodes))) for unit in handing]
 
     def at(self, position: int) -> Region | None:

@@ -14,6 +14,7 @@ from . import kernels
 from .absorbed import masked_means
 from .frames import Frames
 from .pack import to_rows
+from .tape import read as read_values
 
 __all__ = ["FoldedGate"]
 
@@ -49,13 +50,18 @@ class FoldedGate:
         if not compact and self.reads is not None and sources is not None and any(sources):
             pooled = masked_means(x, self.reads, sources)
         z = layers(to_rows(held), pooled)
-        split, given = self.split, sources or [0] * z.shape[0]
+        given = sources or [0] * z.shape[0]
         if not read:
             return [FULL._replace(source=source) for source in given], z
         return [
-            Decision(_first_open(row[split:]), _first_open(row[:split]) if split else 0, False, source)
-            for row, source in zip(z.tolist(), given, strict=True)
+            Decision(channel, temporal, False, source)
+            for (channel, temporal), source in zip(read_values(z, self.choose), given, strict=True)
         ], z
+
+    def choose(self, z: Tensor) -> tuple[tuple[int, int], ...]:
+        """The channel and the temporal candidate of each row."""
+        split = self.split
+        return tuple((_first_open(row[split:]), _first_open(row[:split]) if split else 0) for row in z.tolist())
 
     @property
     def constant(self) -> Decision | None:

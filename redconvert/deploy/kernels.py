@@ -21,14 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import gpu_passes
+from .tape import launch
 
 __all__ = [
     "Assembly",
     "Filling",
     "GateLayers",
     "Triple",
-    "addresses",
     "compiled",
+    "contiguous",
     "max_pool",
     "multiplies",
     "pool_into",
@@ -110,9 +111,10 @@ class Assembly:
             return pool_into(pooled, out)
         N, T, H, W = computed.shape[:4]
         out = computed.new_empty(N, T, H, W, channels) if into is None else into
-        sources = (*addresses(computed), k, *addresses(rebuilt), d, *addresses(self._blocks))
-        sizes, to = (N * T, H * W, channels), (out.data_ptr(), out.stride(3))
-        function(*sources, *self._table, *addresses(residual), relu, *sizes, *to, *addresses(pooled))
+        sources = (*contiguous(computed), k, *contiguous(rebuilt), d, *contiguous(self._blocks))
+        sizes, to = (N * T, H * W, channels), (out, out.stride(3))
+        given = (*sources, *self._table, *contiguous(residual), relu, *sizes, *to, *contiguous(pooled))
+        launch(function, *given, owner=self)
         return out
 
     @functools.cached_property
@@ -201,9 +203,9 @@ class Filling:
             found = self._on_gpu(y, num_frames, residual, relu)
             return pool_into(pooled, self.in_pytorch(y, num_frames, residual, relu) if found is None else found)
         out = y.new_empty(N, num_frames, H, W, C) if into is None else into
-        clips = (*addresses(y), N, held, len(self.weight), num_frames)
-        weights = addresses(self.weight, self.bias)
-        function(*clips, *weights, *addresses(residual), relu, H * W, C, *addresses(out, pooled))
+        clips = (*contiguous(y), N, held, len(self.weight), num_frames)
+        weights = contiguous(self.weight, self.bias)
+        launch(function, *clips, *weights, *contiguous(residual), relu, H * W, C, *contiguous(out, pooled))
         return out
 
     def _on_gpu(self, y: Tensor, num_frames: int, residual: Tensor | None, relu: bool) -> Tensor | None:
@@ -243,7 +245,7 @@ def max_pool(
         return F.max_pool3d(padded, kernel, stride).permute(0, 2, 3, 4, 1).contiguous()
     out = x.new_empty(x.shape[0], *sizes, x.shape[4])
     shapes, window = (ctypes.c_int64 * 7)(*x.shape[:4], *sizes), (ctypes.c_int64 * 9)(*kernel, *stride, *before)
-    function(*addresses(x), shapes, window, outside, x.shape[4], *addresses(out))
+    launch(function, *contiguous(x), shapes, window, outside, x.shape[4], *contiguous(out))
     return out
 
 
@@ -268,7 +270,7 @@ class GateLayers:
             return self._in_pytorch(x if pooled is None else given[:, :, None, None])
         N, T, C = given.shape[0], given.shape[1], given.shape[-1]
         z, positions = self.b2.new_empty(N, self.b2.shape[0]), math.prod(given.shape[2:-1])
-        function(*addresses(given), N, T, positions, C, *self._weights, z.data_ptr())
+        launch(function, *contiguous(given), N, T, positions, C, *self._weights, z, owner=self)
         return z
 
     def _in_pytorch(self, x: Tensor) -> Tensor:
@@ -315,13 +317,15 @@ def _function(name: str, x: Tensor, channels: int) -> Any:
     return library and getattr(library, f"{name}_{TYPES[x.dtype]}")
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """These tensors, for C, which takes no others."""
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    return tensors
+
+
 def addresses(*tensors: Tensor | None) -> list[int | None]:
     """Of contiguous tensors, for C."""
-    found = []
-    for tensor in tensors:
-        assert tensor is None or tensor.is_contiguous()
-        found.append(None if tensor is None else tensor.data_ptr())
-    return found
+    return [None if tensor is None else tensor.data_ptr() for tensor in contiguous(*tensors)]
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from . import vectors
 from .gpu_forms import FUSED, GpuConv, bases_of
 from .kernels import pool_into
 from .layouts import as_rows, channels_last, from_rows, to_rows, views
+from .tape import unrecorded
 from .vectors import ACTIVATIONS
 
 __all__ = ["Filter", "PackedConv", "channels_last", "from_rows", "to_rows"]
@@ -165,11 +166,12 @@ class PackedConv:
     def _fastest(self, forms: list[str], x: Tensor, residual: Tensor | None, key: Key, means: Tensor | None) -> str:
         runners = {form: self._runner(form, (*key[:4], False)) for form in forms}  # trials overwrite nothing
         times: dict[str, list[float]] = {form: [] for form in forms}
-        for _ in range(TRIALS):
-            for form, run in runners.items():
-                begin = time.perf_counter()
-                run(x, residual, None if means is None else torch.zeros_like(means))
-                times[form].append(time.perf_counter() - begin)
+        with unrecorded():
+            for _ in range(TRIALS):
+                for form, run in runners.items():
+                    begin = time.perf_counter()
+                    run(x, residual, None if means is None else torch.zeros_like(means))
+                    times[form].append(time.perf_counter() - begin)
         fastest = min(times, key=lambda form: min(times[form]))
         self._packed = {key: packed for key, packed in self._packed.items() if key[0] == fastest}
         return fastest

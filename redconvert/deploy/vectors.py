@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .kernels import Triple, addresses, compiled, pool_into
+from .kernels import Triple, compiled, contiguous, pool_into
+from .tape import launch
 
 __all__ = ["ACTIVATIONS", "CODES", "depthwise", "rescale", "runs_in_c"]
 
@@ -54,9 +55,9 @@ def depthwise(
         sizes = [(n + 2 * p - k) // s + 1 for n, k, s, p in geometry]
         out = x.new_empty(len(x), *sizes, x.shape[1])
         shapes, window = (ctypes.c_int64 * 7)(*rows.shape[:4], *sizes), (ctypes.c_int64 * 9)(*kernel, *stride, *padding)
-        inputs = (*addresses(rows), shapes, window, *addresses(weight, bias))
+        inputs = (*contiguous(rows), shapes, window, *contiguous(weight, bias))
         sums = None if pooled is None else out.new_empty(*out.shape[:3], out.shape[4])
-        library.depthwise_f32(*inputs, CODES[activation], x.shape[1], *addresses(out, sums, pooled))
+        launch(library.depthwise_f32, *inputs, CODES[activation], x.shape[1], *contiguous(out, sums, pooled))
     return out.permute(0, 4, 1, 2, 3)
 
 
@@ -73,5 +74,5 @@ def rescale(x: Tensor, scale: Tensor, activation: str, overwrite: bool = False, 
         N, T, H, W, C = rows.shape
         out = rows if overwrite else torch.empty_like(rows)
         sizes = N, T, H * W, C
-        library.rescale_f32(*addresses(rows, by), CODES[activation], *sizes, *addresses(out, pooled))
+        launch(library.rescale_f32, *contiguous(rows, by), CODES[activation], *sizes, *contiguous(out, pooled))
     return out.permute(0, 4, 1, 2, 3)

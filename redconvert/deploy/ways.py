@@ -15,6 +15,7 @@ import torch
 from ..layers.composed import BALANCE, compose, saved_per_pass
 from .absorbed import absorbed_filter
 from .pack import Filter
+from .tape import unrecorded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,11 +63,12 @@ class Undecided:
         """Which of WAYS takes less time for this call, see `Path`; the other one's packed weights are dropped."""
         paths = dict(zip(WAYS, (self.parts, self.whole), strict=True))
         times: dict[str, list[float]] = {way: [] for way in WAYS}
-        for _ in range(TRIALS):
-            for way, found in times.items():
-                begin = time.perf_counter()
-                paths[way](x, residual, activation, pools=pools)  # trials overwrite nothing
-                found.append(time.perf_counter() - begin)
+        with unrecorded():
+            for _ in range(TRIALS):
+                for way, found in times.items():
+                    begin = time.perf_counter()
+                    paths[way](x, residual, activation, pools=pools)  # trials overwrite nothing
+                    found.append(time.perf_counter() - begin)
         parts, whole = (min(found[1:]) for found in times.values())
         way, other = ("whole", "parts") if whole < CLEARLY * parts else ("parts", "whole")
         paths[other].forget()

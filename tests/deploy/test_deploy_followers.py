@@ -259,3 +259,23 @@ def test_an_activation_behind_a_sum(activation, dims):
     assert fast.source == "fx"
     with torch.no_grad():
         assert error(fast(x), dynamic(x)) < 1e-5
+
+
+def test_a_batch_parts_behind_a_source_that_is_no_unit():
+    """Whoever reads its channels in a part of the batch is told of that part's samples."""
+    from timm.layers import Conv2dSame
+
+    class Same(Mobile):
+        def __init__(self):
+            super().__init__(2)
+            self.stem, self.blocks[0].a = nn.Identity(), Conv2dSame(8, 24, 1, bias=False)
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 9, 9)
+    dynamic = make(x, Same(), [f"blocks.{i}.{name}" for i in range(2) for name in "abc"])
+    fast = redconvert.deploy(dynamic, x)
+    assert "blocks.0.a" not in units(fast) and dynamic.blocks[0].b.carries is not None
+    for channel in ([0, 1, 1, 0], [1, 0, 0, 0], 1):
+        with redconvert.forced(dynamic, channel=channel), torch.no_grad():
+            for _ in range(4):
+                assert error(fast(x), dynamic(x)) < 2e-5

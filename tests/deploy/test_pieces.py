@@ -122,7 +122,7 @@ def test_less_is_held(monkeypatch):
     x = channels_last(torch.randn(1, 8, 16, 16, 16))
     config = redconvert.ConvertConfig(rules=[("0", {"cheap": "pointwise", "search_space": 2, "temporal": False})])
     fast = redconvert.deploy(redconvert.convert(net, config, example_inputs=x), x)
-    unit = next(m for m in fast.modules() if hasattr(m, "decide"))
+    unit = next(m for m in fast.modules() if hasattr(m, "decider"))
     made: list[int] = []
     for least in (2**22, 2**14):
         monkeypatch.setattr(pieces, "LEAST", least)
