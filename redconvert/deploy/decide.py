@@ -92,6 +92,17 @@ class Decider:
             return self.baked
         return self.gate.constant
 
+    def asks(self) -> bool:
+        """Whether its gate is asked about inputs to come, by what is known before."""
+        layer = self.layer
+        if not layer.enabled or layer.candidates.is_static:
+            return False
+        if layer.forced == (None, None):
+            return self.known() is None
+        counts = len(layer.candidates.channels), len(layer.candidates.strides)
+        open_axes = [each for each, count in zip(layer.forced, counts, strict=True) if count > 1]
+        return any(each is None or (isinstance(each, list) and None in each) for each in open_axes)
+
     def weights(self, decisions: list[Decision], z: Tensor | None) -> GateWeights:
         """The weights that the layer itself would report: the gate's, or 1 for what was forced."""
         candidates, found, device = self.layer.candidates, [], self.layer.weight.device
@@ -109,9 +120,10 @@ class Decider:
         layer, total = self.layer, max(self.batch.total, num_samples)
         samples = self.batch.samples or range(num_samples)
         axes: list[list[int | None]] = []
-        for axis, wanted in zip(("channel", "temporal"), layer.forced, strict=True):
+        counts = len(layer.candidates.channels), len(layer.candidates.strides)
+        for axis, wanted, count in zip(("channel", "temporal"), layer.forced, counts, strict=True):
             if wanted is None:
-                axes.append([None] * num_samples)
+                axes.append([None if count > 1 else 0] * num_samples)  # of one candidate there is no choice
             elif isinstance(wanted, int):
                 axes.append([layer.candidates.nearest(axis, wanted)] * num_samples)
             else:

@@ -236,10 +236,8 @@ class Deployed(nn.Module):
                 raise RedconvertError(f"an empty batch, shape {tuple(tensor.shape)}: give at least one sample")
 
     def _asks_its_gate(self, layer: DynamicConv) -> bool:
-        if layer.forced == (None, None):
-            unit = self._stand_ins.get(id(layer))
-            return layer.enabled and (unit is None or unit.known() is None)
-        return layer.enabled and any(each is None or (isinstance(each, list) and None in each) for each in layer.forced)
+        unit = self._stand_ins.get(id(layer))
+        return layer.enabled if unit is None or unit.decider is None else unit.decider.asks()
 
     def _tell(self, total: int) -> None:
         """Tell observers of the whole batch what its samples decided: one observation per call of a layer."""

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from deploy_networks import Video, undecided_gates
+from deploy_networks import Image, Video, undecided_gates
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,9 +46,9 @@ def asked(monkeypatch):
     """The gates that a deployed network asks, in order."""
     found, original = [], FoldedGate.__call__
 
-    def ask(self, x, sources=None):
+    def ask(self, x, sources=None, read=True):
         found.append(self.gate)
-        return original(self, x, sources)
+        return original(self, x, sources, read)
 
     monkeypatch.setattr(FoldedGate, "__call__", ask)
     return found
@@ -85,3 +85,21 @@ def test_a_budget_by_layers_leaves_nothing_to_ask(asked):
     with torch.no_grad():
         torch.testing.assert_close(fast(CLIPS), dynamic(CLIPS), atol=1e-5, rtol=1e-4)
     assert asked
+
+
+def test_an_axis_without_choice_is_not_asked_about(asked):
+    """Images have no time: with the channels forced nothing is open."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 30, 30)
+    dynamic = redconvert.convert(Image().eval(), redconvert.ConvertConfig(min_saving=0.0), example_inputs=x)
+    undecided_gates(dynamic)
+    fast = redconvert.deploy(dynamic, x)
+    for channel in (0, 1, [0, 1]):
+        with redconvert.forced(dynamic, channel=channel):
+            asked.clear()
+            with torch.no_grad():
+                torch.testing.assert_close(fast(x), dynamic(x), atol=1e-5, rtol=1e-4)
+            assert not asked and not fast.batch.gates_run
+    with redconvert.forced(dynamic, channel=[None, 1]):
+        fast(x)
+    assert asked and fast.batch.gates_run
