@@ -53,6 +53,7 @@ class Deployed(nn.Module):
 
     Attributes:
         network: the converted network, whose gates, thresholds and modes (`forced`, `disabled`) are followed.
+        replays: the passes that were recorded; None on a GPU, and where nothing is to be.
         source: how it was read: ``"fx"``, or ``"layers"`` where fx cannot trace it and each layer stands alone.
         problem: why fx could not.
     """
@@ -189,7 +190,6 @@ class Deployed(nn.Module):
         self.batch.seen.clear()
         self.batch.total, self.batch.samples = total, None
         self.batch.forks = self._like.device.type == "cpu" and not any(layer.observers for layer in self._layers)
-        self.batch.gates_run = self.batch.always_ask or any(map(self._asks_its_gate, self._layers))
         state = None if self.replays is None else self.replays.state()
         outputs = []
         for sample in range(total):
@@ -203,9 +203,12 @@ class Deployed(nn.Module):
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> Any:
         """The program, or what was recorded of it."""
         args = self._spread(args)
-        if state is None or self.replays is None:
-            return self._program(*args, **kwargs)
-        return self.replays(state, args, kwargs, partial(self._program, *args, **kwargs))
+        run = partial(self._step_by_step, args, kwargs)
+        return run() if state is None or self.replays is None else self.replays(state, args, kwargs, run)
+
+    def _step_by_step(self, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.batch.gates_run = self.batch.always_ask or any(map(self._asks_its_gate, self._layers))
+        return self._program(*args, **kwargs)
 
     def _spread(self, args: tuple[Any, ...]) -> Any:
         """The arguments of the program: the tensors of a list, where it was read for so many."""

@@ -18,7 +18,7 @@ from .tape import Call, Constant, Recorder, Stretch, View, Way
 __all__ = ["Replays", "Tape"]
 
 MISSED = object()  # a gate decided as it never did while somebody recorded
-KEPT = 16  # tapes of a network
+KEPT = 64  # tapes of a network
 BRANCHES = 32  # ways through a network that are kept; others run as they would without
 PATIENCE = 64  # so many more passes that missed than hit, and nobody tries any more
 READING = {"tolist", "numpy", "item"}  # methods whose results are no tensors
@@ -267,7 +267,10 @@ class Replays:
         self, layers: Sequence[DynamicConv], graph: fx.Graph, modules: Mapping[str, nn.Module], batch: Batch
     ) -> None:
         self.batch, self.problem = batch, _obstacle(graph, modules)
-        self._layers = list(layers)
+        # What modes set on a layer stands in its dictionary while it differs from what the class says.
+        self._layers: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (layer.__dict__, layer.gate._buffers) for layer in layers
+        ]
         called = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
         parts = [part for module in called for part in module.modules()]
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
@@ -295,25 +298,24 @@ class Replays:
             torch._C._get_mkldnn_enabled(),
         ]
         by_sample = False
-        for layer in self._layers:
-            own = layer.__dict__  # modes stand in it while they differ from what the class says
+        for own, gate in self._layers:
             if own.get("observers"):
                 return None
             forced = own.get("forced")
             if forced is not None:
                 forced = tuple(tuple(each) if isinstance(each, list) else each for each in forced)
                 by_sample = by_sample or any(isinstance(each, tuple) for each in forced)
-            told.append((own.get("enabled"), forced, layer.gate.threshold._version))
+            told.append((own.get("enabled"), forced, gate["threshold"]._version))
         return by_sample, *told
 
     def __call__(self, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
         """What ``run()`` gives for these arguments, in a state of the network."""
         leaves, structure = ([args[0]], None) if len(args) == 1 and not kwargs else tree_flatten((args, kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+        others = tuple((type(leaf), leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         if not all(type(each) is Tensor and each.layout == torch.strided and each.is_cpu for each in inputs):
             return run()
-        if not all(type(each) in LITERALS for each in others):
+        if not all(kind in (float, *LITERALS) for kind, _ in others):
             return run()
         samples = (tuple(self.batch.samples or ()), self.batch.total) if state[0] else None
         shapes = tuple((each.shape, each.stride(), each.dtype) for each in inputs)
