@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 import redconvert
 from redconvert.deploy import replay
+from redconvert.deploy.bench import _peak
 from redconvert.deploy.program import Program
 from redconvert.deploy.replay import Tape
 
@@ -254,21 +257,8 @@ def test_as_little_is_held_as_without():
     with redconvert.forced(fast, channel=1):
         for _ in range(3):
             fast(x), slow(x)
-        peaks = [peak(lambda each=each: each(x)) for each in (fast, slow)]
-    assert peaks[0] <= peaks[1] * 1.01
-
-
-def peak(call):
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    held = highest = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            highest = max(highest, held)
-    assert highest > 0
-    return highest
+        peaks = [_peak(partial(each, x), nullcontext) for each in (fast, slow)]
+    assert 0 < peaks[0] <= peaks[1] * 1.01
 
 
 # -- what is not recorded ----------------------------------------------------------------------------------
