@@ -17,6 +17,9 @@ from ..errors import RedconvertError
 
 __all__ = ["LayerClock", "Timing", "interleaved", "share"]
 
+QUIET = 0.02  # seconds after which threads that spin have gone to sleep
+SHORT = 0.15  # seconds of a run that its caches and threads matter to
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -39,6 +42,7 @@ def interleaved(
     warmup: int = 1,
     device: torch.device | str | None = None,
     within: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
+    settle: bool = False,
 ) -> dict[str, Timing]:
     """Time functions in turn, A B A B ..., so that a machine that slows down slows all of them.
 
@@ -48,6 +52,8 @@ def interleaved(
         warmup: untimed runs of each before.
         device: wait for this device before and after each run, where it is a GPU.
         within: by name, a context to enter before each run and leave after it, both untimed.
+        settle: wait before each run, and make a short one untimed: threads of another runtime that spin would take
+            its cores from it, and what ran before its caches, as nobody does to a network that serves alone.
 
     Raises:
         RedconvertError: nothing to time, or fewer than one repeat.
@@ -58,14 +64,20 @@ def interleaved(
             "give a function, repeats >= 1 and warmup >= 0"
         )
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    last: dict[str, float] = {}
     for run in range(warmup + repeats):
         for name, function in functions.items():
             with (within or {}).get(name, nullcontext)():
                 synchronize(device)
+                if settle:
+                    time.sleep(QUIET)
+                    if last.get(name, SHORT) < SHORT:
+                        function()
+                        synchronize(device)
                 start = time.perf_counter()
                 function()
                 synchronize(device)
-                elapsed = time.perf_counter() - start
+                last[name] = elapsed = time.perf_counter() - start
             if run >= warmup:
                 samples[name].append(elapsed)
     return {name: Timing.of(runs) for name, runs in samples.items()}

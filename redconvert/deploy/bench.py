@@ -204,7 +204,7 @@ def bench(
         for name, rival in (rivals or {}).items():
             calls[name], macs[name], kinds[name], setup[name] = rival.call, rival.macs, rival.kind, rival.setup_s
         step()
-        times = interleaved(calls, repeats=repeats, warmup=2, device=device_of(dynamic), within=within)
+        times = interleaved(calls, repeats=repeats, warmup=2, device=device_of(dynamic), within=within, settle=True)
         peaks = {name: _peak(call, within.get(name, nullcontext)) for name, call in calls.items()}
         losers = _losers(fast, example_inputs)
     return _assemble(dynamic, example_inputs, times, macs, kinds, peaks, setup, losers)

@@ -21,6 +21,7 @@ from .decide import Batch
 from .frames import full
 from .fuse import filter_of
 from .program import on_clips
+from .replay import Tape
 from .unit import Unit
 
 __all__ = ["time_candidates"]
@@ -84,12 +85,12 @@ def _timed(conv: nn.Conv2d | nn.Conv3d, verdict: Verdict) -> CandidateTimes:
     activation = "relu" if verdict.facts.feeds_norm else "none"
     x = _example(conv, verdict.facts.input_shape)
     run_dense, run_dynamic = (_deployed(each, activation, x) for each in (dense, dynamic))
-    calls: dict[str, Callable[[], Any]] = {"dense": run_dense}
+    calls: dict[str, Callable[[], Any]] = {"dense": _recorded(run_dense, x)}
     within: dict[str, Any] = {}
     axes = {"channel": len(verdict.channels), "temporal": len(verdict.strides)}
     for axis, count in axes.items():
         for i in range(1, count):
-            calls[f"{axis} {i}"] = run_dynamic
+            calls[f"{axis} {i}"] = _recorded(run_dynamic, x)
             within[f"{axis} {i}"] = partial(forced, dynamic, **{"channel": 0, "temporal": 0, axis: i})
     once = interleaved(calls, repeats=1, warmup=2, device=x.device, within=within)  # packs weights, chooses forms
     slowest = max(timing.median for timing in once.values())
@@ -108,6 +109,11 @@ def _deployed(conv: nn.Module, activation: str, x: Tensor) -> Callable[[], Any]:
     unit = Unit(conv, filter, None, activation, Batch(always_ask=True))
     unit.hands_compact = getattr(conv, "hands_to", None) is not None
     return lambda: full(on_clips(unit, x))
+
+
+def _recorded(run: Callable[[], Any], x: Tensor) -> Callable[[], Any]:
+    """The same calls without what Python looks up, as in a deployed network; on a CPU."""
+    return partial(Tape(), [x], run) if x.is_cpu else run
 
 
 def _example(conv: nn.Conv2d | nn.Conv3d, shape: tuple[int, ...]) -> Tensor:

@@ -32,6 +32,21 @@ def test_interleaved_runs_in_turn():
     assert [len(timing.samples) for timing in times.values()] == [3, 3]
 
 
+def test_a_short_run_is_timed_behind_another_one(monkeypatch):
+    monkeypatch.setattr(clock, "SHORT", 0.01)
+    order: list[str] = []
+
+    def long():
+        order.append("long")
+        time.sleep(0.02)
+
+    begin = time.perf_counter()
+    times = interleaved({"short": lambda: order.append("short"), "long": long}, repeats=2, warmup=1, settle=True)
+    assert order == ["short", "long", "short", "short", "long", "short", "short", "long"]
+    assert time.perf_counter() - begin > 6 * clock.QUIET + 3 * 0.02
+    assert times["short"].maximum < 0.01 and times["long"].minimum >= 0.02
+
+
 def test_timing():
     assert Timing.of([3.0, 1.0, 2.0, 10.0]) == Timing(2.5, 1.0, 10.0, (3.0, 1.0, 2.0, 10.0))
 
