@@ -326,7 +326,7 @@ def test_sums_take_the_place_of_what_was_added(decision):
     config = redconvert.ConvertConfig(cheap="pointwise", min_saving=0, rules={"stem": None, "down.*": None})
     dynamic = redconvert.convert(Bottlenecks().eval(), config, example_inputs=x)
     redconvert.calibrate(dynamic, [x])  # skipped frames are blended, and so written
-    fast = redconvert.deploy(dynamic, x)
+    fast, recorded = (redconvert.deploy(dynamic, x, record=record) for record in (False, True))
     channel, temporal = decision
     with redconvert.forced(dynamic, channel=channel, temporal=temporal), torch.no_grad():
         assert error(fast(x), dynamic(x)) < TIGHT
@@ -334,6 +334,9 @@ def test_sums_take_the_place_of_what_was_added(decision):
         rebuilt = 64 / 2 if channel and temporal else 0  # of the frames that are computed, before the others are filled
         each = 4 * x[0, 0].numel()  # bytes of a channel; clips run one by one
         held = _peak(lambda: fast(x), nullcontext) / each * 1e6
+        for _ in range(3):
+            recorded(x)
+        assert _peak(lambda: recorded(x), nullcontext) / each * 1e6 <= held  # what was read last is let go at once
     assert held == pytest.approx(64 + 16 + computed + rebuilt, abs=3)  # means of gates are small
 
 
