@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar import ABSORBED, MIXED, accuracy, convert, images, resnet56
+from cifar import ABSORBED, MIXED, accuracy, calibration_batches, convert, images, resnet56
 from common import RESULTS, environment, write
 from torch import Tensor, nn
 
@@ -48,8 +48,7 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     model = resnet56(arguments.data)
-    train, _ = images(arguments.data, "train")
-    batches = list(train[torch.randperm(len(train))[: arguments.images]].split(100))
+    batches = calibration_batches(arguments.data, arguments.images)
     test = tuple(each[: arguments.test_images] for each in images(arguments.data, "test"))
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"rows": {}}
     result |= {"what": __doc__.split("\n")[0], "images": arguments.images, "test_images": arguments.test_images}

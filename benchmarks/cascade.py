@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from asking import asking_again
-from cifar import HELD_OUT, MIXED, accuracy, convert, images, resnet56
+from cifar import HELD_OUT, MIXED, accuracy, calibration_batches, convert, images, resnet56
 from common import RESULTS, environment, write
 from plots import cascades_against_macs
 
@@ -39,8 +39,7 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     model = resnet56(arguments.data)
-    train, _ = images(arguments.data, "train")
-    batches = list(train[torch.randperm(len(train))[: arguments.images]].split(100))
+    batches = calibration_batches(arguments.data, arguments.images)
     pixels, labels = images(arguments.data, "test")
     test = pixels[: arguments.test_images], labels[: arguments.test_images]
     held_out = list(pixels[-HELD_OUT:].split(100))

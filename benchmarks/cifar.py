@@ -73,6 +73,12 @@ def images(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return pixels.float() / 255, torch.tensor(labels).flatten()
 
 
+def calibration_batches(folder: Path, count: int) -> list[Tensor]:
+    """Batches of 100 training images, ``count`` in all, chosen by torch's global generator."""
+    train, _ = images(folder, "train")
+    return list(train[torch.randperm(len(train))[:count]].split(100))
+
+
 HELD_OUT = 1000  # of the last test images: without labels they say how unsure is too unsure, and are not tested on
 
 # Channels that are left out where one convolution alone reads them, and else rebuilt: full, 3/4, half or 1/4.

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from asking import answers
-from cifar import MIXED, convert, images, resnet56
+from cifar import MIXED, calibration_batches, convert, images, resnet56
 from common import RESULTS, environment, write
 from plots import difficulty_against_depth
 from torch import Tensor, nn
@@ -47,8 +47,7 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     model = resnet56(arguments.data)
-    train, _ = images(arguments.data, "train")
-    batches = list(train[torch.randperm(len(train))[: arguments.images]].split(100))
+    batches = calibration_batches(arguments.data, arguments.images)
     dynamic = convert(model, **MIXED)
     redconvert.calibrate(dynamic, batches)
     redconvert.set_budget(dynamic, arguments.budget, batches[:3])

@@ -142,7 +142,7 @@ class Segment:
         needed = after | set(_slots(returned))
         calls: list[Call] = []
         for call in reversed(self.calls):
-            filled = {slot for slot in call.results if slot is not None}
+            filled = set(_filled(call))
             if call.changes or filled & needed:
                 calls.append(call)
                 needed = (needed - filled) | set(_slots([call.args, call.kwargs]))
@@ -164,7 +164,7 @@ class Source:
         """``given``: slots that are filled before; ``after``: those that somebody reads later on."""
         last = dict.fromkeys(given, -1)
         for position, call in enumerate(calls):
-            last |= dict.fromkeys(_slots([call.args, call.kwargs, *map(_Slot, _filled(call))]), position)
+            last |= dict.fromkeys([*_slots([call.args, call.kwargs]), *_filled(call)], position)
         last |= dict.fromkeys(_slots(returned), len(calls))
         used = {slot for slot in given if last[slot] >= 0}
         lines = [f"t{slot} = values[{slot}]" for slot in sorted(used)]
@@ -230,10 +230,6 @@ class Source:
         return name
 
 
-class _Slot(int):
-    """A slot among arguments."""
-
-
 def _filled(call: Call) -> Iterator[int]:
     return (slot for slot in call.results if slot is not None)
 
@@ -242,8 +238,6 @@ def _slots(values: Any) -> Iterator[int]:
     """Those that arguments name."""
     if isinstance(values, View):
         yield values.slot
-    elif isinstance(values, _Slot):
-        yield int(values)
     elif isinstance(values, dict):
         yield from _slots(list(values.values()))
     elif isinstance(values, list | tuple) and not isinstance(values, Constant):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,8 +21,6 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["Call", "Constant", "Recorder", "Stretch", "View", "Way", "launch", "read", "unrecorded"]
 
 aten = torch.ops.aten
-EMPTY = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default}
-ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 PACKS = ("reorder", "to_mkldnn")  # in the names of what is to be done once
 UNPREDICTABLE = {
     torch.Tag.data_dependent_output,
@@ -57,15 +55,10 @@ def unrecorded() -> Iterator[None]:
     """For trials: what is called within is on no tape, nor slowed down by one."""
     recorder, _local.recorder = getattr(_local, "recorder", None), None
     try:
-        with _disable_current_modes() if recorder is not None else _nothing():
+        with _disable_current_modes() if recorder is not None else nullcontext():
             yield
     finally:
         _local.recorder = recorder
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 class Way:
@@ -221,10 +214,10 @@ class Recorder(TorchDispatchMode):
             self.problem = f"{func} changes what is there before the pass"  # and would again where a pass begins anew
             return
         self.packs = self.packs or any(each in str(func) for each in PACKS)
-        if func in EMPTY | ZEROS and results == [len(self.bases) - 1]:
+        make = MAKERS.get(func)
+        if make is not None and results == [len(self.bases) - 1]:
             base = self.bases[-1]  # nothing of what it is like need be there
             arguments, options = (Constant(base.size), Constant(base.stride)), {"dtype": Constant(base.dtype)}
-            make = torch.empty_strided if func in EMPTY else _zeros
             self.stretches[-1].calls.append(Call(make, arguments, options, tuple(results)))
         elif changes or any(slot is not None for slot in results):  # all else are views
             call = Call(getattr(func, "_op", func), arguments, options, tuple(results), changes=changes)
@@ -248,6 +241,11 @@ class Recorder(TorchDispatchMode):
 
 def _zeros(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(size, stride, dtype=dtype).zero_()
+
+
+EMPTY = (aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default)
+ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+MAKERS: dict[Any, Callable[..., Tensor]] = {**dict.fromkeys(EMPTY, torch.empty_strided), **dict.fromkeys(ZEROS, _zeros)}
 
 
 def _storage(tensor: Tensor) -> int:
